@@ -1,0 +1,74 @@
+"""What passes between the scheduler and a model runner: one step's work, and what it sampled.
+
+A running sequence owns a *slot*, a row of the runner's persistent batch, from the step in which it
+joins until it leaves (finished, aborted or preempted). A `StepBatch` therefore carries only what
+changed (`left`, then `joined`, then `new_blocks`) plus the rows to compute; its size does not
+depend on how many tokens the sequences hold.
+
+Invariants
+- `left` is applied before `joined`: a slot may be left and joined in the same step.
+- A row's `num_new_tokens` tokens start at position `num_computed_tokens`; their blocks are
+  already in the row's table.
+- A row samples exactly when its new tokens reach the end of the tokens known for it; the runner
+  then appends the sampled token to the row itself, and the scheduler does the same on its side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ipc.output import LogprobsLists
+from ipc.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedSequence:
+    """A sequence that enters the running set: everything a runner must know about it."""
+
+    slot: int
+    token_ids: list[int]
+    """The prompt, followed by the outputs so far (some after a preemption)."""
+    num_prompt_tokens: int
+    block_ids: list[int]
+    """Blocks in order, prefix-cache hits first; covers this step's tokens."""
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One step: changes to the persistent batch, and its rows (parallel lists, one entry a row)."""
+
+    left: list[int] = field(default_factory=list)
+    joined: list[JoinedSequence] = field(default_factory=list)
+    new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(slot, block ids appended to its table), for sequences that had joined before."""
+    slots: list[int] = field(default_factory=list)
+    num_new_tokens: list[int] = field(default_factory=list)
+    num_computed_tokens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step sampled: one token id for each row with `samples`, in row order."""
+
+    token_ids: list[int]
+    logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
+    """By slot, for sampling rows that asked for logprobs: arrays with one position."""
+
+
+class ModelRunner(Protocol):
+    """Executes steps. The real one runs a model; the fake one computes arithmetic."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache it holds."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Run one step; all K/V writes are complete when it returns."""
+        ...

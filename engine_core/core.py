@@ -1,0 +1,321 @@
+"""The synchronous heart of an engine: inputs and time go in, frames for the clients come out.
+
+No sockets, no threads, no clock. A driver alternates `apply` (the step boundary: everything that
+arrived takes effect, in arrival order) and `step` (one model step). Between the two nothing is in
+flight, so an abort that `apply` handles has freed its blocks by the time its receipt is built, and
+its frames leave before the next step begins.
+
+Invariants
+- Every request accepted here gets exactly one terminal output, except those ended by an ABORT
+  frame, which are silent as the protocol demands.
+- Terminal outputs stand before the utility reply that reports them; a reply shares its frame with
+  nothing.
+- An id is known from its ADD to its terminal; whatever is wrong with one message harms only its
+  sender.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from engine_core.batch import ModelRunner
+from engine_core.config import SchedulerConfig
+from engine_core.outbox import Outbox, Outgoing
+from engine_core.request import Request
+from engine_core.scheduler import ScheduledStep, Scheduler
+from engine_core.utilities import Utilities
+from engine_core.validation import InvalidRequest, build_request
+from ipc.frames import Abort
+from ipc.lifecycle import AbortReceipt, RequestReceipt
+from ipc.output import (
+    EngineCoreOutput,
+    FinishReason,
+    LogprobsLists,
+    PrefillStats,
+    PrefixCacheStats,
+    SchedulerStats,
+)
+from ipc.request import EngineCoreRequest
+from ipc.utility import UtilityCall
+
+logger = logging.getLogger(__name__)
+
+Input = EngineCoreRequest | Abort | UtilityCall
+
+STATS_INTERVAL_S = 0.1
+"""Scheduler statistics leave at most this often while stepping, and once when the engine falls
+idle.
+"""
+DEFAULT_WEIGHT_VERSION = "default"
+
+
+class EngineCore:
+    """One engine without its process: a scheduler, a model runner and the life-cycle's rules."""
+
+    def __init__(
+        self, config: SchedulerConfig, runner: ModelRunner, *, engine_index: int = 0
+    ) -> None:
+        self.config = config
+        self.scheduler = Scheduler(config, runner.num_blocks)
+        self.weight_version = DEFAULT_WEIGHT_VERSION
+        self.num_steps = 0
+        self.counters = {
+            "requests_added": 0,
+            "requests_refused": 0,
+            "requests_aborted": 0,
+            "duplicate_ids_ignored": 0,
+            "abort_frames": 0,
+            "integrity_violations": 0,
+        }
+        self._runner = runner
+        self._engine_index = engine_index
+        self._requests: dict[str, Request] = {}
+        self._num_arrivals = 0
+        self._last_stats_s = float("-inf")
+        self._utilities = Utilities(self)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute something."""
+        return self.scheduler.has_work
+
+    @property
+    def num_live_requests(self) -> int:
+        return len(self._requests)
+
+    # -- the boundary --------------------------------------------------------------------------
+
+    def apply(self, inputs: Iterable[tuple[int, Input]], now: float) -> list[Outgoing]:
+        """Let inputs take effect in order.
+
+        Each input comes with the index of the client on whose socket it arrived: that client is
+        answered, whatever index the message itself claims. `now` is monotonic, in seconds.
+        """
+        outbox = Outbox(self._engine_index, now)
+        was_busy = bool(self._requests)
+        for client_index, message in inputs:
+            match message:
+                case EngineCoreRequest():
+                    self._add(client_index, message, outbox, now)
+                case Abort():
+                    self._abort_silently(client_index, message)
+                case UtilityCall():
+                    outbox.reply(client_index, self._utilities.call(client_index, message, outbox))
+        if was_busy and not self._requests:
+            self._fall_idle(outbox, now)
+        return outbox.frames()
+
+    def _add(
+        self, client_index: int, message: EngineCoreRequest, outbox: Outbox, now: float
+    ) -> None:
+        live = self._requests.get(message.request_id)
+        if live is not None and live.client_index == client_index:
+            self.counters["duplicate_ids_ignored"] += 1
+            logger.warning(
+                "ignored a second ADD of live request %r of client %d; ids must be unique",
+                message.request_id,
+                client_index,
+            )
+            return
+        if message.abort_immediately:
+            return
+        try:
+            if live is not None:
+                raise InvalidRequest(
+                    f"request id {message.request_id!r} is another client's; ids must be unique"
+                )
+            request = build_request(
+                message, client_index, self._num_arrivals, self.config, self._runner.vocab_size
+            )
+        except InvalidRequest as error:
+            self.counters["requests_refused"] += 1
+            outbox.refuse(client_index, message.request_id, str(error))
+            return
+        self._num_arrivals += 1
+        self.counters["requests_added"] += 1
+        self._requests[request.request_id] = request
+        self.scheduler.add(request, now)
+
+    # -- aborts --------------------------------------------------------------------------------
+
+    def _abort_silently(self, client_index: int, message: Abort) -> None:
+        """An ABORT frame: the named requests end without an output; unknown ids are nothing
+        special.
+        """
+        self.counters["abort_frames"] += 1
+        aborted = [
+            request
+            for request_id in message.request_ids
+            if (request := self._take(client_index, request_id)) is not None
+        ]
+        logger.info(
+            "abort frame of client %d: %d ids, %d requests ended",
+            client_index,
+            len(message.request_ids),
+            len(aborted),
+        )
+
+    def abort_with_receipt(
+        self, client_index: int, request_ids: Iterable[str], cause: str, outbox: Outbox
+    ) -> AbortReceipt:
+        """`caesura_abort`: ends each live request with a terminal output and tells what became of
+        it.
+        """
+        receipts: dict[str, RequestReceipt] = {}
+        num_freed = num_cached = 0
+        for request_id in request_ids:
+            if request_id in receipts:
+                continue
+            request = self._requests.get(request_id)
+            if request is None or request.client_index != client_index:
+                receipts[request_id] = RequestReceipt("unknown", 0, "")
+                continue
+            receipts[request_id] = RequestReceipt(
+                "aborted", request.num_output_tokens, request.stage.value
+            )
+            freed, cached = self._end(request)
+            num_freed += freed
+            num_cached += cached
+            outbox.add(
+                client_index, EngineCoreOutput(request_id, (), finish_reason=FinishReason.ABORT)
+            )
+        num_aborted = sum(receipt.status == "aborted" for receipt in receipts.values())
+        logger.info(
+            "abort call of client %d (%s): %d ids, %d ended, %d blocks freed, %d kept cached",
+            client_index,
+            cause,
+            len(receipts),
+            num_aborted,
+            num_freed,
+            num_cached,
+        )
+        return AbortReceipt(receipts, num_freed, num_cached)
+
+    def _take(self, client_index: int, request_id: str) -> Request | None:
+        """End a request if it is live and this client's."""
+        request = self._requests.get(request_id)
+        if request is None or request.client_index != client_index:
+            return None
+        self._end(request)
+        return request
+
+    def _end(self, request: Request) -> tuple[int, int]:
+        """End a live request at a boundary. Returns (blocks freed, blocks left in the prefix
+        cache).
+        """
+        logger.debug(
+            "request %s ended at a boundary: stage %s, %d output tokens",
+            request.request_id,
+            request.stage,
+            request.num_output_tokens,
+        )
+        del self._requests[request.request_id]
+        self.counters["requests_aborted"] += 1
+        return self.scheduler.remove(request)
+
+    def abort_everything(self, now: float) -> list[Outgoing]:
+        """The engine is shutting down: every live request ends with `abort`, told to its client."""
+        outbox = Outbox(self._engine_index, now)
+        for request in list(self._requests.values()):
+            self._end(request)
+            outbox.add(
+                request.client_index,
+                EngineCoreOutput(request.request_id, (), finish_reason=FinishReason.ABORT),
+            )
+        return outbox.frames()
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def step(self, now: float, clock: Callable[[], float] | None = None) -> list[Outgoing]:
+        """Run one model step; returns its outputs, none if there was nothing to compute.
+
+        `now` stamps scheduling; `clock`, where given, is asked once more after the model ran and
+        stamps the outputs.
+        """
+        scheduled = self.scheduler.schedule(now)
+        if scheduled is None:
+            return []
+        result = self._runner.execute(scheduled.batch)
+        self.num_steps += 1
+        self.scheduler.commit(scheduled)
+        now = clock() if clock is not None else now
+        outbox = Outbox(self._engine_index, now, weight_version=self.weight_version)
+        self._emit(scheduled, result.token_ids, result.logprobs, outbox)
+        if not self._requests:
+            self._fall_idle(outbox, now)
+        elif now - self._last_stats_s >= STATS_INTERVAL_S:
+            self._report_stats(outbox, now)
+        return outbox.frames()
+
+    def _emit(
+        self,
+        scheduled: ScheduledStep,
+        token_ids: list[int],
+        logprobs: dict[int, LogprobsLists],
+        outbox: Outbox,
+    ) -> None:
+        """Commit the sampled tokens, one for each sampling row, and build their outputs."""
+        sampled = iter(token_ids)
+        for request, slot, samples in zip(
+            scheduled.requests, scheduled.batch.slots, scheduled.batch.samples, strict=True
+        ):
+            if not samples:
+                continue
+            token_id = next(sampled)
+            is_first = request.num_output_tokens == 0
+            ended = self.scheduler.finish_sampled(request, token_id)
+            if ended is not None:
+                del self._requests[request.request_id]
+            outbox.add(
+                request.client_index,
+                EngineCoreOutput(
+                    request.request_id,
+                    (token_id,),
+                    new_logprobs=logprobs.get(slot),
+                    finish_reason=None if ended is None else ended[0],
+                    stop_reason=None if ended is None else ended[1],
+                    events=tuple(request.events) if request.events else None,
+                    prefill_stats=_prefill_stats(request) if is_first else None,
+                ),
+            )
+            request.events.clear()
+
+    # -- statistics ----------------------------------------------------------------------------
+
+    def _fall_idle(self, outbox: Outbox, now: float) -> None:
+        """The last request left: the books must balance, and the client learns that this engine is
+        free.
+        """
+        pool = self.scheduler.pool
+        if pool.num_available != pool.num_blocks:
+            self.counters["integrity_violations"] += 1
+            logger.error("blocks leaked: %s", "; ".join(self.scheduler.check_integrity()))
+        self._report_stats(outbox, now)
+
+    def _report_stats(self, outbox: Outbox, now: float) -> None:
+        self._last_stats_s = now
+        pool, prefix_cache = self.scheduler.pool, self.scheduler.prefix_cache
+        outbox.set_stats(
+            SchedulerStats(
+                num_running_reqs=len(self.scheduler.running),
+                num_waiting_reqs=len(self.scheduler.waiting),
+                step_counter=self.num_steps,
+                kv_cache_usage=1.0 - pool.num_available / pool.num_blocks,
+                prefix_cache_stats=PrefixCacheStats(
+                    requests=prefix_cache.num_requests,
+                    queries=prefix_cache.num_queried_tokens,
+                    hits=prefix_cache.num_hit_tokens,
+                ),
+            )
+        )
+
+
+def _prefill_stats(request: Request) -> PrefillStats:
+    num_cached = request.num_cached_tokens
+    return PrefillStats(
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_computed_tokens=request.num_prompt_tokens - num_cached,
+        num_cached_tokens=num_cached,
+        num_local_cached_tokens=num_cached,
+    )

@@ -1,0 +1,118 @@
+"""From an engine's configuration to a model runner that is ready for its first step.
+
+Choices made here
+- `device="auto"` is a GPU if PyTorch sees one, else the CPU.
+- `dtype="auto"` is the checkpoint's, except that a float16 checkpoint runs in float32 on a CPU:
+  CPUs do not compute in float16, float32 holds its values exactly, and bfloat16 would round them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine_core.kv_cache import allocate_kv_cache, choose_num_blocks
+from engine_core.model_runner import TorchModelRunner
+from engine_core.models.config import ModelConfig, read_eos_token_ids, read_model_config
+from engine_core.models.decoder import Decoder
+from engine_core.models.errors import ModelError
+from engine_core.models.weights import Checkpoint, model_directory, stored_dtype
+from ipc.engine_config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedModel:
+    """What the configuration left open, as the loaded model settled it."""
+
+    max_model_len: int
+    """Longest prompt plus output, in tokens."""
+    dtype: str
+    """'float32', 'float16' or 'bfloat16'."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    """End-of-sequence tokens that the model's own files name."""
+    num_blocks: int
+    """KV blocks."""
+
+
+def load_runner(
+    config: EngineConfig, num_local_engines: int = 1
+) -> tuple[TorchModelRunner, ResolvedModel]:
+    """Load the model and allocate its KV cache.
+
+    `num_local_engines` engines share this host's cores and memory. Raises ModelError naming what is
+    wrong with the model or with what is asked of it.
+    """
+    device = _choose_device(config.device)
+    if device.type == "cpu":
+        num_cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_engines))
+    directory = model_directory(config.model)
+    model_config = read_model_config(directory)
+    max_model_len = _choose_max_model_len(config.max_model_len, model_config)
+    dtype_name = _choose_dtype(config.dtype, device, directory, model_config)
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    with torch.inference_mode():
+        model = Decoder(model_config, Checkpoint(directory, dtype, device), max_model_len)
+        num_blocks = choose_num_blocks(
+            config,
+            model_config,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            device=device,
+            num_local_engines=num_local_engines,
+        )
+        kv_cache = allocate_kv_cache(model_config, num_blocks, config.block_size, dtype, device)
+    runner = TorchModelRunner(
+        model,
+        kv_cache,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        seed=config.seed,
+    )
+    resolved = ResolvedModel(
+        max_model_len=max_model_len,
+        dtype=dtype_name,
+        vocab_size=model_config.vocab_size,
+        eos_token_ids=read_eos_token_ids(directory),
+        num_blocks=num_blocks,
+    )
+    return runner, resolved
+
+
+def _choose_device(asked: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if asked == "cuda" and not has_cuda:
+        raise ModelError("device='cuda', but PyTorch finds no CUDA device here; use device='cpu'")
+    if asked == "auto":
+        asked = "cuda" if has_cuda else "cpu"
+    return (
+        torch.device(asked, torch.cuda.current_device()) if asked == "cuda" else torch.device(asked)
+    )
+
+
+def _choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
+    limit = model.max_model_len
+    if asked is None or asked <= limit:
+        return asked or limit
+    reason = (
+        f"its attention has a sliding window of {limit} tokens, and longer contexts are not supported"
+        if limit == model.sliding_window
+        else f"its positions end at {limit}"
+    )
+    raise ModelError(
+        f"max_model_len={asked} exceeds the model's limit of {limit} tokens: {reason}; "
+        f"lower max_model_len or leave it out"
+    )
+
+
+def _choose_dtype(asked: str, device: torch.device, directory: Path, model: ModelConfig) -> str:
+    if asked == "float16" and device.type == "cpu":
+        raise ModelError("dtype='float16' is not supported on a CPU; use 'bfloat16' or 'float32'")
+    if asked != "auto":
+        return asked
+    stored = model.dtype or stored_dtype(directory, "model.embed_tokens.weight")
+    return "float32" if stored == "float16" and device.type == "cpu" else stored

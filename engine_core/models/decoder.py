@@ -1,0 +1,174 @@
+"""The decoder that every supported family is: pre-norm attention and a gated feed-forward block.
+
+The step's tokens lie flat in one tensor, sequences one after the other, rows that decode (one token
+each) first. Keys and values of the step are written to the paged cache before attention reads it,
+so a chunk of a prompt attends to all earlier chunks through the cache.
+
+Shapes: T tokens of the step, R rows, S rows that sample, H hidden size, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine_core.models.config import ModelConfig
+from engine_core.models.linear import Linear
+from engine_core.models.rope import cos_sin_table
+from engine_core.models.weights import Checkpoint
+from kernels import ops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """One step's tensors, all on the model's device."""
+
+    token_ids: Tensor
+    """[T] int64."""
+    positions: Tensor
+    """[T] int64."""
+    slot_mapping: Tensor
+    """[T] int64: where in the cache each token's key and value go."""
+    block_tables: Tensor
+    """[R, blocks] int32."""
+    context_lens: Tensor
+    """[R] int32, the step's tokens included."""
+    num_decode_rows: int
+    """Rows of one token each, which come first."""
+    prefill_start_loc: Tensor
+    """[R - num_decode_rows + 1] int32: first token of each further row, counted from theirs."""
+    max_prefill_len: int
+    """Most tokens of a further row; 0 when there is none."""
+    logits_indices: Tensor | None
+    """[S] int64: tokens whose logits are wanted; None for all."""
+
+
+class Decoder:
+    """A loaded model."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, max_model_len: int) -> None:
+        """Read all weights of `checkpoint`. Raises ModelError if they do not fit `config`."""
+        size = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self._embedding = checkpoint.read("model.embed_tokens.weight", *size)
+        self._layers = [_Layer(config, checkpoint, index) for index in range(config.num_layers)]
+        self._norm = checkpoint.read("model.norm.weight", config.hidden_size)
+        if config.tie_word_embeddings:
+            self._lm_head = Linear(self._embedding)
+        else:
+            self._lm_head = Linear(checkpoint.read("lm_head.weight", *size))
+        # Checkpoints of tied models may store the shared matrix twice.
+        checkpoint.check_all_read(("lm_head.weight",) if config.tie_word_embeddings else ())
+        self._cos_sin = cos_sin_table(
+            config.rope, config.head_size, max_model_len, checkpoint.device
+        )
+
+    def forward(self, step: StepInputs, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Write the step's keys and values to the cache (a pair of tensors a layer), and compute
+        the logits that are asked for: [S, V] float32.
+        """
+        residual = F.embedding(step.token_ids, self._embedding)  # [T, H]
+        eps = self.config.rms_norm_eps
+        x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, layer in enumerate(self._layers):
+            if index > 0:
+                x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            x = layer.attend(x, step, kv_cache[index], self._cos_sin)
+            x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
+            x = layer.feed_forward(x)
+        if step.logits_indices is not None:
+            x, residual = x[step.logits_indices], residual[step.logits_indices]
+        x, _ = ops.add_rms_norm(x, residual, self._norm, eps)
+        return self._lm_head(x).float()
+
+
+class _Layer:
+    """One layer's weights. Projections that read the same input are merged into one product."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        hidden, head_size = config.hidden_size, config.head_size
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+
+        def linear(names: Sequence[str], outputs: Sequence[int], inputs: int, bias: bool) -> Linear:
+            weights = [f"{prefix}{name}.weight" for name in names]
+            biases = [f"{prefix}{name}.bias" for name in names]
+            return Linear(
+                checkpoint.read_stacked(weights, outputs, inputs),
+                checkpoint.read_stacked(biases, outputs) if bias else None,
+            )
+
+        def norm(name: str, size: int) -> Tensor:
+            return checkpoint.read(f"{prefix}{name}.weight", size)
+
+        self._config = config
+        self._scale = head_size**-0.5
+        self._qkv = linear(
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+            [heads * head_size, kv_heads * head_size, kv_heads * head_size],
+            hidden,
+            config.qkv_bias,
+        )
+        self._output = linear(["self_attn.o_proj"], [hidden], heads * head_size, config.output_bias)
+        intermediate = config.intermediate_size
+        self._gate_up = linear(
+            ["mlp.gate_proj", "mlp.up_proj"], [intermediate] * 2, hidden, config.mlp_bias
+        )
+        self._down = linear(["mlp.down_proj"], [hidden], intermediate, config.mlp_bias)
+        self.input_norm = norm("input_layernorm", hidden)
+        self.post_attention_norm = norm("post_attention_layernorm", hidden)
+        self._query_norm = norm("self_attn.q_norm", head_size) if config.qk_norm else None
+        self._key_norm = norm("self_attn.k_norm", head_size) if config.qk_norm else None
+
+    def attend(
+        self, x: Tensor, step: StepInputs, cache: tuple[Tensor, Tensor], cos_sin: Tensor
+    ) -> Tensor:
+        """Causal attention of [T, H] over the cached contexts; -> [T, H]."""
+        config = self._config
+        heads = self._qkv(x).view(x.shape[0], -1, config.head_size)  # [T, Hq + 2 Hkv, D]
+        query, key, value = heads.split(
+            [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        )
+        if self._query_norm is not None and self._key_norm is not None:
+            query = ops.rms_norm(query, self._query_norm, config.rms_norm_eps)
+            key = ops.rms_norm(key, self._key_norm, config.rms_norm_eps)
+        ops.rotary_embedding(query, key, step.positions, cos_sin)
+        key_cache, value_cache = cache
+        ops.write_kv_cache(key, value, key_cache, value_cache, step.slot_mapping)
+        return self._output(self._paged_attention(query, cache, step).flatten(1))
+
+    def _paged_attention(
+        self, query: Tensor, cache: tuple[Tensor, Tensor], step: StepInputs
+    ) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D]: rows of one token and longer ones each by their own kernel."""
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        split = step.num_decode_rows
+        if split > 0:
+            ops.paged_decode_attention(
+                query[:split],
+                *cache,
+                step.block_tables[:split],
+                step.context_lens[:split],
+                self._scale,
+                out=out[:split],
+            )
+        if step.max_prefill_len > 0:
+            ops.paged_prefill_attention(
+                query[split:],
+                *cache,
+                step.block_tables[split:],
+                step.context_lens[split:],
+                step.prefill_start_loc,
+                step.max_prefill_len,
+                self._scale,
+                out=out[split:],
+            )
+        return out
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H]."""
+        return self._down(ops.silu_and_mul(self._gate_up(x)))

@@ -1,0 +1,75 @@
+"""One request's state inside the engine.
+
+Invariants
+- `token_ids` is the prompt followed by every sampled token; nothing is ever removed from it.
+- KV of the first `num_computed_tokens` tokens lies in `block_ids`; a waiting or preempted request
+  holds no blocks.
+- The scheduler is the only one that changes a request; a finished request is forgotten at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ipc.output import EngineCoreEvent, FinishReason
+from ipc.request import SamplingParams
+
+
+class Stage(StrEnum):
+    """Where in its life a request is; the names appear in receipts and logs."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PREEMPTED = "preempted"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A live request. Created by the core, owned by the scheduler."""
+
+    request_id: str
+    client_index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_output_tokens: int
+    """`max_tokens`, cut to what the context leaves."""
+    order: tuple[int, int]
+    """(priority, arrival number): lower runs first and is preempted last."""
+    cache_salt: str | None = None
+
+    stage: Stage = Stage.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first scheduled."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Hashes of the full blocks of `token_ids`, as far as they were needed."""
+    num_published_blocks: int = 0
+    slot: int = -1
+    events: list[EngineCoreEvent] = field(default_factory=list)
+    """Not yet reported; they leave with the next output."""
+    stop_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def append_token(self, token_id: int) -> tuple[FinishReason, int | None] | None:
+        """Add a sampled token. Returns (finish reason, stop reason) if it ends the request.
+
+        The stop reason is the token id when one of the request's own `stop_token_ids` matched, as
+        in vLLM; an end-of-sequence token has none.
+        """
+        self.token_ids.append(token_id)
+        sampling = self.sampling
+        if self.num_output_tokens >= sampling.min_tokens:
+            if token_id == sampling.eos_token_id:
+                return FinishReason.STOP, None
+            if token_id in self.stop_token_ids:
+                return FinishReason.STOP, token_id
+        if self.num_output_tokens >= self.max_output_tokens:
+            return FinishReason.LENGTH, None
+        return None

@@ -1,0 +1,247 @@
+"""Draws each row's next token from its logits, with the parameters of the sequence in its slot.
+
+Order of operations, per row: allowed tokens, stop tokens held back by min_tokens, logit bias,
+penalties; then the likeliest token if greedy, else temperature, min-p, top-k, top-p and the draw.
+
+Invariants
+- A draw depends only on the row's logits, its seed and the position of the new token in prompt plus
+  output: not on the batch, and not on whether the sequence was preempted in between.
+- Nobody pays for a feature that no row of the step uses; a greedy batch costs one argmax.
+- Log-probabilities are those of the model: before temperature, penalties and every mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine_core.batch import JoinedSequence
+from engine_core.sampling_ops import (
+    apply_penalties,
+    gather_logprobs,
+    pick_tokens,
+    top_k_cutoffs,
+    top_p_cutoffs,
+    uniform_draws,
+)
+from ipc.output import LogprobsLists
+from ipc.request import SamplingParams
+
+GREEDY_TEMPERATURE = 1e-5
+"""Below this temperature the likeliest token is taken."""
+
+_NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True)
+class _LogitEdits:
+    """Changes to single logits that one sequence asked for."""
+
+    biased_ids: Tensor
+    biases: Tensor
+    forbidden: Tensor | None
+    """[V] bool: everything but the allowed tokens."""
+    held_back_ids: Tensor
+    """Stop tokens that are impossible at positions below `min_position`."""
+    min_position: int
+
+    def apply(self, logits: Tensor, position: int) -> None:
+        """Edit one row's logits [V] in place."""
+        if self.forbidden is not None:
+            logits.masked_fill_(self.forbidden, -torch.inf)
+        if position < self.min_position:
+            logits[self.held_back_ids] = -torch.inf
+        logits[self.biased_ids] += self.biases
+
+
+class Sampler:
+    """Sampling state of every slot, and the batched draw."""
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device, seed: int) -> None:
+        """`seed` is the root of the seeds given to sequences that bring none."""
+        self._vocab_size = vocab_size
+        self._device = device
+        self._seed_generator = np.random.default_rng(seed)
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float32)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._num_logprobs = np.full(max_num_seqs, _NO_LOGPROBS, np.int64)
+        self._edits: dict[int, _LogitEdits] = {}
+        self._penalties = np.zeros((max_num_seqs, 3), np.float32)  # presence, frequency, repetition
+        self._is_penalised = np.zeros(max_num_seqs, bool)
+        # [slots, V] each, allocated when the first penalised sequence joins.
+        self._output_counts: Tensor | None = None
+        self._prompt_mask: Tensor | None = None
+
+    # -- slots -----------------------------------------------------------------------------------
+
+    def join(self, sequence: JoinedSequence) -> None:
+        """Take over a sequence's parameters; replaces whatever its slot held."""
+        slot, params = sequence.slot, sequence.sampling
+        vocab_size = self._vocab_size
+        self._temperature[slot] = params.temperature
+        self._min_p[slot] = params.min_p
+        self._top_k[slot] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
+        self._top_p[slot] = params.top_p
+        seed = self._seed_generator.integers(2**63) if params.seed is None else params.seed
+        self._seeds[slot] = int(seed) % 2**64
+        if params.logprobs is None:
+            self._num_logprobs[slot] = _NO_LOGPROBS
+        else:
+            wants_all = params.logprobs < 0
+            self._num_logprobs[slot] = vocab_size if wants_all else min(params.logprobs, vocab_size)
+        self._edits.pop(slot, None)
+        if params.logit_bias or params.allowed_token_ids is not None or params.min_tokens > 0:
+            self._edits[slot] = self._make_edits(params, sequence.num_prompt_tokens)
+        penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        self._penalties[slot] = penalties
+        self._is_penalised[slot] = penalties != (0.0, 0.0, 1.0)
+        if self._is_penalised[slot]:
+            self._count_tokens(sequence)
+
+    def _make_edits(self, params: SamplingParams, num_prompt_tokens: int) -> _LogitEdits:
+        bias = {i: b for i, b in (params.logit_bias or {}).items() if i < self._vocab_size}
+        forbidden = None
+        if params.allowed_token_ids is not None:
+            forbidden = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+            forbidden[self._ids(params.allowed_token_ids)] = False
+        return _LogitEdits(
+            biased_ids=self._ids(bias),
+            biases=torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device),
+            forbidden=forbidden,
+            held_back_ids=self._ids(params.all_stop_token_ids),
+            min_position=num_prompt_tokens + params.min_tokens,
+        )
+
+    def _count_tokens(self, sequence: JoinedSequence) -> None:
+        if self._output_counts is None or self._prompt_mask is None:
+            shape = (len(self._temperature), self._vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self._device)
+        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
+        outputs = sequence.token_ids[sequence.num_prompt_tokens :]
+        counts = np.bincount(outputs, minlength=self._vocab_size).astype(np.int32)
+        self._output_counts[sequence.slot] = self._tensor(counts)
+        self._prompt_mask[sequence.slot] = False
+        self._prompt_mask[sequence.slot, self._ids(prompt)] = True
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def sample(
+        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], dict[int, LogprobsLists]]:
+        """Draw a token for each row.
+
+        `logits` [S, V] float32 may be overwritten; row i is of the sequence in `slots[i]`, and its
+        new token will stand at index `positions[i]` of prompt plus output. Returns the tokens [S],
+        and by slot the log-probabilities of the rows that want them.
+        """
+        reporting = np.flatnonzero(self._num_logprobs[slots] != _NO_LOGPROBS)
+        raw = logits[self._tensor(reporting)] if len(reporting) else None
+        if self._edits:
+            for row, slot in enumerate(slots.tolist()):
+                if (edits := self._edits.get(slot)) is not None:
+                    edits.apply(logits[row], int(positions[row]))
+        penalised = np.flatnonzero(self._is_penalised[slots])
+        if len(penalised):
+            logits[self._tensor(penalised)] = self._penalise(logits, penalised, slots[penalised])
+        tokens = self._choose(logits, slots, positions)
+        if len(penalised) and self._output_counts is not None:
+            chosen = (self._tensor(slots[penalised]), tokens[self._tensor(penalised)])
+            self._output_counts[chosen] += 1
+        token_ids: NDArray[np.int64] = tokens.cpu().numpy()
+        if raw is None:
+            return token_ids, {}
+        return token_ids, self._report(raw, token_ids[reporting], slots[reporting])
+
+    def _penalise(
+        self, logits: Tensor, rows: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> Tensor:
+        assert self._output_counts is not None
+        assert self._prompt_mask is not None
+        at = self._tensor(slots)
+        presence, frequency, repetition = self._tensor(self._penalties[slots].T.copy())
+        return apply_penalties(
+            logits[self._tensor(rows)],
+            self._output_counts[at],
+            self._prompt_mask[at],
+            presence=presence,
+            frequency=frequency,
+            repetition=repetition,
+        )
+
+    def _choose(
+        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Tensor:
+        """The tokens [S] on the device: the likeliest of greedy rows, drawn ones of the others."""
+        drawn = np.flatnonzero(self._temperature[slots] >= GREEDY_TEMPERATURE)
+        if len(drawn) == len(slots):
+            return self._draw(logits, slots, positions)
+        tokens = logits.argmax(dim=-1)
+        if len(drawn):
+            rows = self._tensor(drawn)
+            tokens[rows] = self._draw(logits[rows], slots[drawn], positions[drawn])
+        return tokens
+
+    def _draw(
+        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Tensor:
+        temperature = self._tensor(self._temperature[slots])
+        largest = logits.amax(dim=-1, keepdim=True)
+        weights = ((logits - largest) / temperature[:, None]).exp_()  # the likeliest has weight 1
+        self._truncate(weights, slots)
+        uniforms = uniform_draws(self._seeds[slots], positions)
+        return pick_tokens(weights, self._tensor(uniforms))
+
+    def _truncate(self, weights: Tensor, slots: NDArray[np.int64]) -> None:
+        """Zero the weights that min-p, top-k and top-p leave out, in this order, in place."""
+        min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
+        by_k = np.flatnonzero(top_k < self._vocab_size)
+        if len(by_k) or min_p.any():
+            cutoffs = self._tensor(min_p)
+            if len(by_k):
+                rows = self._tensor(by_k)
+                kth = top_k_cutoffs(weights[rows], self._tensor(top_k[by_k]))
+                cutoffs[rows] = cutoffs[rows].maximum(kth)
+            weights.masked_fill_(weights < cutoffs[:, None], 0.0)
+        by_p = np.flatnonzero(top_p < 1.0)
+        if len(by_p):
+            rows = self._tensor(by_p)
+            candidates = weights[rows]
+            targets = self._tensor(top_p[by_p]) * candidates.sum(dim=-1)
+            cutoffs = top_p_cutoffs(candidates, targets)
+            weights[rows] = candidates.masked_fill_(candidates < cutoffs[:, None], 0.0)
+
+    def _report(
+        self, logits: Tensor, token_ids: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> dict[int, LogprobsLists]:
+        """The log-probabilities of each row, cut to as many columns as its sequence asked for."""
+        counts = self._num_logprobs[slots]
+        gathered = gather_logprobs(logits, self._tensor(token_ids), int(counts.max()))
+        ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+        ids = ids.astype(np.int32)
+        return {
+            slot: LogprobsLists(
+                ids[row : row + 1, : count + 1],
+                logprobs[row : row + 1, : count + 1],
+                ranks[row : row + 1],
+            )
+            for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True))
+        }
+
+    # -- tensors ---------------------------------------------------------------------------------
+
+    def _ids(self, token_ids: Iterable[int]) -> Tensor:
+        """Token ids as an index; those outside the vocabulary, which have no logit, are left out."""
+        inside = [token_id for token_id in token_ids if token_id < self._vocab_size]
+        return torch.tensor(inside, dtype=torch.int64, device=self._device)
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,271 @@
+"""Continuous batching: which tokens of which requests the next step computes.
+
+Every step has a token budget. Running requests come first (a decode needs one token, an unfinished
+prefill the next chunk), then waiting ones are admitted while rows, blocks and budget last. When a
+decode finds no block, the running request that comes last in order gives up its blocks and waits to
+be recomputed; its sampled tokens stay.
+
+Invariants
+- `running` is sorted by `Request.order`, so the victim of a preemption is never ahead of the one
+  in need.
+- A request is admitted only if all its known tokens fit; one request alone always fits (checked
+  at start-up).
+- Blocks are published to the prefix cache only after the step that filled them, and only those of
+  a chain whose root was taken under the present weight epoch.
+- A slot is in the running set or free, and the runner hears of each change in the next batch.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from engine_core.batch import JoinedSequence, StepBatch
+from engine_core.block_pool import BlockPool
+from engine_core.config import SchedulerConfig
+from engine_core.prefix_hash import block_hash, root_hash
+from engine_core.request import Request, Stage
+from engine_core.waiting_queue import WaitingQueue
+from ipc.output import EngineCoreEvent, EventType, FinishReason
+
+ADMISSION_HEADROOM = 0.01
+"""Share of the blocks that admission leaves free for running requests to grow into."""
+
+
+@dataclass(slots=True)
+class PrefixCacheCounters:
+    """Tokens looked up in the prefix cache and found there, over the engine's life."""
+
+    num_requests: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """A batch and the requests behind its rows, in row order."""
+
+    batch: StepBatch
+    requests: list[Request]
+
+
+class Scheduler:
+    """Owns every live request, its blocks and its slot."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+        if num_blocks * config.block_size < config.max_model_len:
+            raise ValueError(
+                f"the KV cache holds {num_blocks * config.block_size} tokens "
+                f"({num_blocks} blocks of {config.block_size}), less than "
+                f"max_model_len={config.max_model_len}; give it more memory "
+                f"(kv_cache_memory_bytes) or lower max_model_len"
+            )
+        self.config = config
+        self.pool = BlockPool(num_blocks)
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []
+        self.weight_epoch = 0
+        self.num_preemptions = 0
+        self.prefix_cache = PrefixCacheCounters()
+        self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._left_slots: list[int] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or len(self.waiting) > 0
+
+    # -- life of a request ---------------------------------------------------------------------
+
+    def add(self, request: Request, now: float) -> None:
+        request.events.append(EngineCoreEvent(EventType.QUEUED, now))
+        self.waiting.push(request)
+
+    def remove(self, request: Request) -> tuple[int, int]:
+        """Take a request out, whatever its stage. Returns (blocks freed, blocks left in the prefix
+        cache).
+        """
+        if request.slot < 0:
+            self.waiting.remove(request)
+            return 0, 0
+        self.running.remove(request)
+        return self._give_up_blocks(request)
+
+    def finish_sampled(
+        self, request: Request, token_id: int
+    ) -> tuple[FinishReason, int | None] | None:
+        """Commit a sampled token; takes the request out if that ends it. Returns why, or None."""
+        ended = request.append_token(token_id)
+        if ended is not None:
+            self.remove(request)
+        return ended
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> ScheduledStep | None:
+        """Choose the next step's rows and allocate their blocks; None if nothing can run."""
+        batch = StepBatch()
+        requests: list[Request] = []
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            # A chunk of prefill leaves a token of budget for every row behind it: no decode
+            # starves.
+            num_behind = len(self.running) - index - 1
+            num_missing = len(request.token_ids) - request.num_computed_tokens
+            num_new = min(num_missing, budget - num_behind)
+            if not self._grow(request, num_new, batch, now):
+                break
+            budget -= num_new
+            self._append_row(batch, requests, request, num_new)
+            index += 1
+        if self.num_preemptions == num_preemptions:
+            self._admit(batch, requests, budget, now)
+        if not requests:
+            return None
+        batch.left.extend(self._left_slots)
+        self._left_slots.clear()
+        return ScheduledStep(batch, requests)
+
+    def commit(self, step: ScheduledStep) -> None:
+        """Account for an executed step: its tokens are in the cache now."""
+        block_size = self.config.block_size
+        for request, num_new in zip(step.requests, step.batch.num_new_tokens, strict=True):
+            request.num_computed_tokens += num_new
+            if request.num_computed_tokens // block_size > request.num_published_blocks:
+                self._publish(request)
+            if request.stage is Stage.PREFILL and request.num_computed_tokens == len(
+                request.token_ids
+            ):
+                request.stage = Stage.DECODE
+
+    def _append_row(
+        self, batch: StepBatch, requests: list[Request], request: Request, num_new: int
+    ) -> None:
+        computed = request.num_computed_tokens
+        batch.slots.append(request.slot)
+        batch.num_new_tokens.append(num_new)
+        batch.num_computed_tokens.append(computed)
+        batch.samples.append(computed + num_new == len(request.token_ids))
+        requests.append(request)
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _grow(self, request: Request, num_new: int, batch: StepBatch, now: float) -> bool:
+        """Give a running request blocks for its next tokens; False if it had to give up its own."""
+        num_tokens = request.num_computed_tokens + num_new
+        num_missing = self._num_blocks_for(num_tokens) - len(request.block_ids)
+        if num_missing <= 0:
+            return True
+        while num_missing > self.pool.num_available:
+            victim = self.running.pop()
+            self._preempt(victim, now)
+            if victim is request:
+                return False
+        new_blocks = self.pool.allocate(num_missing)
+        request.block_ids.extend(new_blocks)
+        batch.new_blocks.append((request.slot, new_blocks))
+        return True
+
+    def _admit(self, batch: StepBatch, requests: list[Request], budget: int, now: float) -> None:
+        while budget > 0 and self._free_slots and (request := self.waiting.peek()) is not None:
+            cached = self._find_cached_prefix(request)
+            num_missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
+            headroom = int(ADMISSION_HEADROOM * self.pool.num_blocks) if self.running else 0
+            num_available = self.pool.num_available - self.pool.num_unreferenced(cached)
+            if num_missing + headroom > num_available:
+                break
+            self.waiting.remove(request)
+            self.pool.share(cached)
+            request.block_ids = cached + self.pool.allocate(num_missing)
+            request.num_published_blocks = len(cached)
+            request.num_computed_tokens = len(cached) * self.config.block_size
+            if request.stage is Stage.WAITING:
+                self._count_prefix_hit(request)
+            request.stage = Stage.PREFILL
+            request.slot = self._free_slots.pop()
+            request.events.append(EngineCoreEvent(EventType.SCHEDULED, now))
+            insort(self.running, request, key=lambda running: running.order)
+            batch.joined.append(
+                JoinedSequence(
+                    slot=request.slot,
+                    token_ids=request.token_ids.copy(),
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    block_ids=request.block_ids.copy(),
+                    sampling=request.sampling,
+                )
+            )
+            num_new = min(len(request.token_ids) - request.num_computed_tokens, budget)
+            budget -= num_new
+            self._append_row(batch, requests, request, num_new)
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Send a request (already out of `running`) back to wait; its tokens will be recomputed."""
+        self._give_up_blocks(request)
+        request.stage = Stage.PREEMPTED
+        request.num_computed_tokens = 0
+        request.block_hashes.clear()
+        request.events.append(EngineCoreEvent(EventType.PREEMPTED, now))
+        self.waiting.push(request)
+        self.num_preemptions += 1
+
+    def _give_up_blocks(self, request: Request) -> tuple[int, int]:
+        counts = self.pool.release(request.block_ids)
+        request.block_ids = []
+        self._left_slots.append(request.slot)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        return counts
+
+    # -- prefix cache --------------------------------------------------------------------------
+
+    def _find_cached_prefix(self, request: Request) -> list[int]:
+        """Blocks of the longest cached prefix; at least the last token is left to compute."""
+        if not self.config.enable_prefix_caching or request.sampling.skip_reading_prefix_cache:
+            return []
+        num_full = (len(request.token_ids) - 1) // self.config.block_size
+        self._extend_hashes(request, num_full)
+        return self.pool.find(request.block_hashes[:num_full])
+
+    def _publish(self, request: Request) -> None:
+        if not self.config.enable_prefix_caching:
+            return
+        num_full = request.num_computed_tokens // self.config.block_size
+        self._extend_hashes(request, num_full)
+        for index in range(request.num_published_blocks, num_full):
+            self.pool.publish(request.block_ids[index], request.block_hashes[index])
+        request.num_published_blocks = num_full
+
+    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
+        hashes, size = request.block_hashes, self.config.block_size
+        if not hashes and num_blocks > 0:
+            root = root_hash(self.weight_epoch, request.cache_salt)
+            hashes.append(block_hash(root, request.token_ids[:size]))
+        while len(hashes) < num_blocks:
+            start = len(hashes) * size
+            hashes.append(block_hash(hashes[-1], request.token_ids[start : start + size]))
+
+    def _count_prefix_hit(self, request: Request) -> None:
+        request.num_cached_tokens = request.num_computed_tokens
+        self.prefix_cache.num_requests += 1
+        self.prefix_cache.num_queried_tokens += request.num_prompt_tokens
+        self.prefix_cache.num_hit_tokens += request.num_cached_tokens
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def check_integrity(self) -> list[str]:
+        """Everything that is wrong with the books; empty when all is well. O(blocks held)."""
+        errors = self.pool.check_integrity(request.block_ids for request in self.running)
+        slots = [request.slot for request in self.running] + self._free_slots
+        if sorted(slots) != list(range(self.config.max_num_seqs)):
+            errors.append(f"slots in use or free are {sorted(slots)}")
+        errors += [
+            f"request {request.request_id} waits but holds {len(request.block_ids)} blocks"
+            for request in self.waiting
+            if request.block_ids
+        ]
+        return errors

@@ -1,0 +1,98 @@
+"""Drives the synchronous core: one boundary, one step, one boundary, one step, for the life of the
+process.
+
+Invariants
+- At each boundary everything that has arrived takes effect, and its frames leave before the next
+  step begins.
+- A message that could not be decoded is answered to its sender, and is otherwise as if it had never
+  come.
+- The loop ends in one of two ways: `run` returns after a shutdown has ended every request, or it
+  raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from engine_core.core import EngineCore, Input
+from engine_core.intake import Failure, Intake, Received, Shutdown
+from engine_core.outbox import Outbox, Outgoing
+from ipc.frames import InputError
+from ipc.logs import RateLimitedLog
+from ipc.utility import UtilityReply
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 1.0
+
+
+class StepLoop:
+    """The only thread that touches the core."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        intake: Intake,
+        send: Callable[[Outgoing], None],
+        *,
+        engine_index: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`send` must not block; `clock` is monotonic, in seconds."""
+        self._core = core
+        self._intake = intake
+        self._send = send
+        self._engine_index = engine_index
+        self._clock = clock
+        self._malformed_log = RateLimitedLog(logger)
+
+    def run(self) -> None:
+        """Serve until a shutdown. Raises what the core or another thread raised."""
+        while not self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """One boundary and one step; waits for input first if there is nothing to compute. True: it
+        was the last.
+        """
+        items = self._intake.drain(wait_s=0.0 if self._core.has_work else _IDLE_WAIT_S)
+        inputs: list[tuple[int, Input]] = []
+        shutdown: Shutdown | None = None
+        for item in items:
+            match item:
+                case Received(client_index, message):
+                    if isinstance(message, InputError):
+                        self._answer_malformed(client_index, message)
+                    else:
+                        inputs.append((client_index, message))
+                case Failure(error):
+                    raise error
+                case Shutdown():
+                    shutdown = item
+        if inputs:
+            self._send_all(self._core.apply(inputs, self._clock()))
+        if shutdown is not None:
+            logger.info("shutting down: %s", shutdown.reason)
+            self._send_all(self._core.abort_everything(self._clock()))
+            return True
+        if self._core.has_work:
+            self._send_all(self._core.step(self._clock(), self._clock))
+        return False
+
+    def _send_all(self, outgoing: list[Outgoing]) -> None:
+        for frame in outgoing:
+            self._send(frame)
+
+    def _answer_malformed(self, client_index: int, error: InputError) -> None:
+        self._core.counters["malformed_messages"] = (
+            self._core.counters.get("malformed_messages", 0) + 1
+        )
+        self._malformed_log.warning("malformed message from client %d: %s", client_index, error)
+        outbox = Outbox(self._engine_index, self._clock())
+        if error.call_id is not None:
+            outbox.reply(client_index, UtilityReply(error.call_id, str(error)))
+        elif error.request_id is not None:
+            outbox.refuse(client_index, error.request_id, str(error))
+        self._send_all(outbox.frames())

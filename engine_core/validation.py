@@ -1,0 +1,56 @@
+"""Turns an ADD frame's request into the engine's own, or says in words why it cannot run."""
+
+from __future__ import annotations
+
+from engine_core.config import SchedulerConfig
+from engine_core.request import Request
+from ipc.request import EngineCoreRequest
+
+
+class InvalidRequest(ValueError):
+    """A request that this engine refuses; the message names the value and the remedy."""
+
+
+def build_request(
+    message: EngineCoreRequest,
+    client_index: int,
+    arrival: int,
+    config: SchedulerConfig,
+    vocab_size: int,
+) -> Request:
+    """Check a request and resolve what it leaves open. Raises InvalidRequest."""
+    if message.client_index != client_index:
+        raise InvalidRequest(
+            f"client_index={message.client_index} came over the socket of client {client_index}"
+        )
+    sampling = message.sampling_params
+    if message.unsupported:
+        raise InvalidRequest(f"not supported by this engine: {', '.join(message.unsupported)}")
+    if sampling is None:
+        raise InvalidRequest("sampling_params is missing; this engine only generates text")
+    prompt = message.prompt_token_ids
+    if not prompt:
+        raise InvalidRequest("prompt_token_ids is empty; a prompt needs at least one token")
+    if len(prompt) >= config.max_model_len:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens, but the model's context holds "
+            f"max_model_len={config.max_model_len}, prompt and output together; shorten the prompt"
+        )
+    if (largest := max(prompt)) >= vocab_size:
+        raise InvalidRequest(
+            f"prompt token id {largest} is outside the vocabulary of {vocab_size} tokens"
+        )
+    max_output_tokens = config.max_model_len - len(prompt)
+    if sampling.max_tokens is not None:
+        max_output_tokens = min(max_output_tokens, sampling.max_tokens)
+    return Request(
+        request_id=message.request_id,
+        client_index=client_index,
+        token_ids=list(prompt),
+        num_prompt_tokens=len(prompt),
+        sampling=sampling,
+        max_output_tokens=max_output_tokens,
+        order=(message.priority, arrival),
+        cache_salt=message.cache_salt,
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+    )

@@ -1,0 +1,319 @@
+"""The asynchronous engine: requests in, streams out, and exact control over everything in between.
+
+    engine = await AsyncEngine.start(FrontendConfig())
+    async for output in engine.generate("def ", sampling_params=SamplingParams(max_tokens=32)):
+        print(output.text, end="")
+    await engine.shutdown()
+
+Invariants
+- A request is accepted inside `generate`, synchronously: when the stream is returned, an abort
+  finds it.
+- Everything runs on the event loop that called `start`; only dropping a stream may happen on any
+  thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from frontend.config import FrontendConfig
+from frontend.dispatcher import Dispatcher
+from frontend.engine_client import EngineClient
+from frontend.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
+from frontend.explicit_abort import ExplicitAborts, Selector
+from frontend.mailbox import Mailbox
+from frontend.output_processor import OutputProcessor
+from frontend.outputs import AbortCause, AbortReceipt, Terminal
+from frontend.registry import Entry
+from frontend.sampling_params import SamplingParams
+from frontend.stream import RequestStream
+from frontend.supervisor import EngineSupervisor
+from frontend.tokenizer import Tokenizer
+from ipc.lifecycle import CAESURA_STATUS, EngineStatus
+from ipc.output import OutputError
+
+logger = logging.getLogger(__name__)
+
+MAX_INLINE_CHARS = 8192
+"""Longer prompts are tokenized on a worker thread, so that they do not hold up other streams."""
+SHUTDOWN_ABORT_TIMEOUT_S = 2.0
+
+
+class AsyncEngine:
+    """A running front end with its engines. Create it with `start`."""
+
+    def __init__(
+        self,
+        config: FrontendConfig,
+        tokenizer: Tokenizer | None,
+        dispatcher: Dispatcher,
+        supervisor: EngineSupervisor,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._loop = asyncio.get_running_loop()
+        self._dispatcher = dispatcher
+        self._supervisor = supervisor
+        self._aborts = ExplicitAborts(dispatcher)
+        self._is_shut_down = False
+        registrations = dispatcher.client.registrations
+        self.max_model_len = min(peer.max_model_len for peer in registrations.values())
+        self._aborts.foreign_engines = {
+            rank for rank, peer in registrations.items() if peer.caesura_protocol is None
+        }
+
+    @classmethod
+    async def start(cls, config: FrontendConfig) -> AsyncEngine:
+        """Start the local engines, wait until all engines are up, and return the engine ready to
+        serve.
+
+        Raises EngineStartupError (an engine did not come up; says what it last wrote) or
+        TokenizerError.
+        """
+        loop = asyncio.get_running_loop()
+        tokenizer = None if config.engine.runner == "fake" else Tokenizer.load(config.engine.model)
+        ranks = range(config.data_parallel_size)
+        is_all_local = config.num_local_engines == config.data_parallel_size
+        dispatcher = Dispatcher(config.data_parallel_size)
+        client = dispatcher.client = EngineClient(
+            ranks,
+            handshake_address=None if is_all_local else config.handshake_tcp_address,
+            host=config.data_parallel_address,
+            events=dispatcher,
+        )
+
+        def on_exit(rank: int, returncode: int) -> None:
+            """Runs on a thread of the supervisor; after a shutdown the loop may be gone."""
+            reason = supervisor.describe_exit(rank, returncode)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_note_exit, dispatcher, rank, reason)
+
+        supervisor = EngineSupervisor(
+            config.engine,
+            handshake_address=client.handshake_address,
+            ranks=config.local_ranks,
+            on_exit=on_exit,
+        )
+        try:
+            supervisor.start()
+            await client.wait_until_up(config.startup_timeout_s)
+        except BaseException:
+            await loop.run_in_executor(None, supervisor.terminate)
+            client.close()
+            raise
+        return cls(config, tokenizer, dispatcher, supervisor)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_token_ids: Sequence[int] | None = None,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        aliases: Sequence[str] = (),
+        batch_id: str | None = None,
+        priority: int = 0,
+        tags: Sequence[str] = (),
+    ) -> RequestStream:
+        """Accept a request and return its stream. Give either a text or token ids.
+
+        `request_id` must not name a live request; `aliases` are further names for it, `batch_id` is
+        a name that it shares with its siblings. A lower `priority` runs first. `tags` select
+        requests for an abort.
+
+        Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError or EngineDeadError;
+        then nothing was accepted. A long text is tokenized after acceptance, and turns out too long
+        by ending with `error`.
+        """
+        self._check_serving()
+        params = sampling_params if sampling_params is not None else SamplingParams()
+        if (prompt is None) == (prompt_token_ids is None):
+            raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
+        token_ids = list(prompt_token_ids) if prompt_token_ids is not None else None
+        if prompt is not None and len(prompt) <= MAX_INLINE_CHARS:
+            token_ids = self._tokenizer_for_text().encode(prompt)
+        if token_ids is not None:
+            self._check_prompt(token_ids)
+
+        request_id = request_id if request_id is not None else secrets.token_hex(8)
+        entry = Entry(
+            internal_id=f"{request_id}-{secrets.token_hex(4)}",
+            request_id=request_id,
+            mailbox=Mailbox(request_id, self.config.stream_interval),
+            aliases=tuple(aliases),
+            batch_id=batch_id,
+            tags=frozenset(tags),
+        )
+        send = partial(self._send, entry, params, priority=priority, arrival_time_s=time.time())
+        if token_ids is not None:
+            self._dispatcher.registry.register(entry)
+            try:
+                send(token_ids)
+            except EngineDeadError:
+                self._dispatcher.registry.remove(entry.internal_id, engine_runs_it=False)
+                raise
+        else:
+            assert prompt is not None
+            tokenizer = self._tokenizer_for_text()
+            self._dispatcher.registry.register(entry)
+            encoding = self._loop.run_in_executor(None, tokenizer.encode, prompt)
+            encoding.add_done_callback(partial(self._on_encoded, entry, send))
+        return RequestStream(entry.mailbox, partial(self._drop_from_anywhere, entry.internal_id))
+
+    def _send(
+        self,
+        entry: Entry,
+        params: SamplingParams,
+        token_ids: list[int],
+        *,
+        priority: int,
+        arrival_time_s: float,
+    ) -> None:
+        tokenizer = self.tokenizer
+        entry.processor = OutputProcessor(tokenizer, params, token_ids)
+        self._dispatcher.send(
+            entry,
+            token_ids,
+            params.to_wire(
+                tokenizer.eos_token_ids if tokenizer is not None else (),
+                num_tokens_left=self.max_model_len - len(token_ids),
+            ),
+            priority=priority,
+            arrival_time_s=arrival_time_s,
+        )
+
+    def _on_encoded(
+        self,
+        entry: Entry,
+        send: Callable[[list[int]], None],
+        encoding: asyncio.Future[list[int]],
+    ) -> None:
+        """A long prompt was tokenized; its request may have ended meanwhile."""
+        if self._dispatcher.registry.get(entry.internal_id) is None:
+            return
+        try:
+            token_ids = encoding.result()
+            self._check_prompt(token_ids)
+            send(token_ids)
+        except Exception as error:
+            is_users_fault = isinstance(error, InvalidRequestError)
+            code = "validation_error" if is_users_fault else "internal_error"
+            fault = OutputError(code, str(error), retryable=not is_users_fault)
+            self._dispatcher.end_unsent(entry, Terminal("error", error=fault))
+
+    def _tokenizer_for_text(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids")
+        return self.tokenizer
+
+    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; it needs at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens, but the model's context holds "
+                f"max_model_len={self.max_model_len}, prompt and output together; shorten the prompt"
+            )
+
+    def _drop_from_anywhere(self, internal_id: str) -> None:
+        """Drop a stream from whatever thread, also in the middle of a garbage collection."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every request
+            self._loop.call_soon_threadsafe(self._dispatcher.drop, internal_id)
+
+    # -- control -------------------------------------------------------------------------------
+
+    async def abort(
+        self,
+        request_id: str | Sequence[str] | None = None,
+        *,
+        prefix: str | None = None,
+        tag: str | None = None,
+        abort_all: bool = False,
+        wait: bool = True,
+        timeout_s: float = 5.0,
+    ) -> AbortReceipt:
+        """Abort requests by exact id (or several), id prefix, tag, or all of them.
+
+        Each ends as a success with its partial result and the finish reason `abort`. The receipt
+        comes after the effect: blocks have left the requests and terminals are with their streams;
+        what is not confirmed within `timeout_s` is `pending`, and still follows. With `wait=False`
+        the receipt only says what was asked for. Raises InvalidRequestError unless exactly one
+        selector is given.
+        """
+        names = [request_id] if isinstance(request_id, str) else request_id
+        selector = Selector(request_ids=names, prefix=prefix, tag=tag, everything=abort_all)
+        pending = self._aborts.start(selector, AbortCause.EXPLICIT)
+        return await self._aborts.finish(pending, timeout_s) if wait else pending.receipt
+
+    async def status(self, timeout_s: float = 5.0) -> dict[int, EngineStatus]:
+        """What each living Caesura engine says of itself, its books checked; an engine that does
+        not answer is left out.
+        """
+        client = self._dispatcher.client
+        ranks = sorted(self._dispatcher.alive_engines - self._aborts.foreign_engines)
+        calls = {rank: client.start_call(rank, CAESURA_STATUS) for rank in ranks}
+        if calls:
+            await asyncio.wait(calls.values(), timeout=timeout_s)
+        return {
+            rank: EngineStatus.from_wire(call.result())
+            for rank, call in calls.items()
+            if call.done() and call.exception() is None
+        }
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether at least one engine can serve."""
+        return not self._is_shut_down and bool(self._dispatcher.alive_engines)
+
+    @property
+    def served_model_name(self) -> str:
+        return self.config.served_model_name
+
+    @property
+    def num_live_requests(self) -> int:
+        return len(self._dispatcher.registry)
+
+    def _check_serving(self) -> None:
+        if self._is_shut_down:
+            raise EngineDeadError("the engine was shut down")
+        if not self._dispatcher.alive_engines:
+            raise EngineDeadError("no engine is alive; restart the server")
+
+    async def shutdown(self) -> None:
+        """End all requests with what they have (cause `shutdown`), then all engines. Harmless to
+        repeat.
+        """
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
+        await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
+        terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
+        self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
+        self._dispatcher.alive_engines.clear()
+        await self._loop.run_in_executor(None, self._supervisor.terminate)
+        self._dispatcher.client.close()
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+
+def _note_exit(dispatcher: Dispatcher, rank: int, reason: str) -> None:
+    """An engine process of ours ended: a failed start, or the end of its requests."""
+    dispatcher.client.fail_startup(reason)
+    dispatcher.on_engine_dead(rank, reason)

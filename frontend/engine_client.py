@@ -1,0 +1,239 @@
+"""The front end's sockets: bytes to and from any number of engines, and the calls that wait for a
+reply.
+
+One ROUTER carries everything to the engines. Each engine answers on an endpoint of its own, so that
+whatever arrives there, even a frame that cannot be decoded, has a known sender.
+
+Invariants
+- Runs on one event loop; all methods are called on its thread, callbacks run on it.
+- Messages to one engine arrive in the order of `send` and `start_call`; so do its frames here.
+- A call ends: by its reply, by its engine's death, or by being cancelled (a time-out).
+- After `disconnect(rank)` nothing of that engine is delivered any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import zmq
+
+from frontend.errors import EngineDeadError, EngineStartupError, UtilityCallError
+from frontend.handshake import Handshake
+from frontend.socket_reader import SocketReader
+from ipc import sockets
+from ipc.errors import WireError
+from ipc.handshake import Init, Registration, engine_identity
+from ipc.output import ENGINE_CORE_DEAD, EngineCoreOutputs, decode_outputs
+from ipc.utility import UtilityCall, UtilityReply, encode_utility
+
+logger = logging.getLogger(__name__)
+
+CLIENT_INDEX = 0
+"""The front end is one process."""
+
+
+class EngineEvents(Protocol):
+    """Who hears what engines send."""
+
+    def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
+        """A frame with request outputs, statistics or both."""
+
+    def on_bad_frame(self, rank: int, error: WireError) -> None:
+        """A frame that could not be decoded: whatever it said is lost."""
+
+    def on_engine_dead(self, rank: int, reason: str) -> None:
+        """The engine said that it is dead."""
+
+
+@dataclass(slots=True)
+class _Engine:
+    identity: bytes
+    reader: SocketReader
+    address: str
+    calls: dict[int, asyncio.Future[object]] = field(default_factory=dict)
+    is_connected: bool = True
+
+
+class EngineClient:
+    """Sockets, handshake and utility calls. Knows frames, but no requests."""
+
+    def __init__(
+        self, ranks: range, *, handshake_address: str | None, host: str, events: EngineEvents
+    ) -> None:
+        """Bind everything; must run inside the event loop.
+
+        Without a `handshake_address` all engines are local, and all sockets are `ipc://` ones in a
+        private directory. With one (`tcp://host:port`) the data sockets are bound to free ports of
+        `host`.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._events = events
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._host = f"[{host}]" if ":" in host else host
+        self._directory = sockets.private_directory() if handshake_address is None else None
+        self._handshake = Handshake(ranks, self._init_for)
+        self._all_up = self._loop.create_future()
+        self._next_call_id = 1
+        self._handshake_socket = self._bind_handshake(handshake_address)
+        self._input_socket = sockets.bind_router(self._context, self._address("input"))
+        self.handshake_address = sockets.bound_address(self._handshake_socket)
+        self._handshake_reader = SocketReader(
+            self._loop, self._handshake_socket, self._on_handshake
+        )
+        self._input_reader = SocketReader(self._loop, self._input_socket, self._on_input)
+        self._engines = {rank: self._open_engine(rank) for rank in ranks}
+
+    @property
+    def registrations(self) -> dict[int, Registration]:
+        """What each engine that is up told about itself."""
+        return self._handshake.registrations
+
+    async def wait_until_up(self, timeout_s: float) -> None:
+        """Return when all engines are up. Raises EngineStartupError naming those that are not."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self._all_up), timeout_s)
+        except TimeoutError:
+            missing = ", ".join(map(str, self._handshake.missing_ranks))
+            raise EngineStartupError(
+                f"engines {missing} were not ready after {timeout_s:g} s; they must dial "
+                f"{self.handshake_address}"
+            ) from None
+
+    def fail_startup(self, reason: str) -> None:
+        """Make `wait_until_up` raise: an engine will never come."""
+        if not self._all_up.done():
+            self._all_up.set_exception(EngineStartupError(reason))
+
+    # -- sockets -------------------------------------------------------------------------------
+
+    def _bind_handshake(self, address: str | None) -> zmq.Socket[bytes]:
+        try:
+            return sockets.bind_router(self._context, address or self._address("handshake"))
+        except (ValueError, zmq.ZMQError) as error:
+            self._context.term()
+            raise EngineStartupError(f"cannot listen for engines on {address}: {error}") from None
+
+    def _address(self, name: str) -> str:
+        """Where to bind a data socket: a file of ours, or any free port."""
+        return (
+            f"ipc://{self._directory.name}/{name}" if self._directory else f"tcp://{self._host}:*"
+        )
+
+    def _open_engine(self, rank: int) -> _Engine:
+        socket = sockets.bind_pull(self._context, self._address(f"output-{rank}"))
+        reader = SocketReader(self._loop, socket, partial(self._on_output, rank))
+        return _Engine(engine_identity(rank), reader, sockets.bound_address(socket))
+
+    def _init_for(self, rank: int) -> Init:
+        return Init(
+            inputs=(sockets.bound_address(self._input_socket),),
+            outputs=(self._engines[rank].address,),
+        )
+
+    # -- to engines ----------------------------------------------------------------------------
+
+    def send(self, rank: int, frames: Sequence[bytes]) -> None:
+        """Send one message. Raises EngineDeadError if the engine is gone."""
+        engine = self._engines[rank]
+        if not engine.is_connected:
+            raise EngineDeadError(f"engine {rank} is dead")
+        try:
+            self._input_socket.send_multipart([engine.identity, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise EngineDeadError(f"engine {rank} cannot be reached: {error}") from None
+        self._input_reader.poke()
+
+    def start_call(self, rank: int, method: str, *args: object) -> asyncio.Future[object]:
+        """Send a utility call now; the future brings its result, UtilityCallError or
+        EngineDeadError.
+        """
+        call_id, self._next_call_id = self._next_call_id, self._next_call_id + 1
+        future: asyncio.Future[object] = self._loop.create_future()
+        try:
+            self.send(rank, encode_utility(UtilityCall(CLIENT_INDEX, call_id, method, args)))
+        except EngineDeadError as error:
+            future.set_exception(error)
+            return future
+        calls = self._engines[rank].calls
+        calls[call_id] = future
+        future.add_done_callback(lambda _: calls.pop(call_id, None))
+        return future
+
+    def disconnect(self, rank: int, reason: str) -> None:
+        """The engine is gone: fail its calls, and let whatever it may still send fall away."""
+        engine = self._engines[rank]
+        if engine.is_connected:
+            engine.is_connected = False
+            engine.reader.close()
+            for future in list(engine.calls.values()):
+                if not future.done():
+                    future.set_exception(EngineDeadError(reason))
+
+    def close(self) -> None:
+        """Close all sockets and remove the private directory."""
+        for rank in self._engines:
+            self.disconnect(rank, "the front end is shutting down")
+        self._input_reader.close()
+        self._handshake_reader.close()
+        self._context.term()
+        if self._directory is not None:
+            self._directory.cleanup()
+        if self._all_up.done() and not self._all_up.cancelled():
+            self._all_up.exception()  # Somebody gave up waiting; do not warn about it.
+
+    # -- from engines --------------------------------------------------------------------------
+
+    def _on_handshake(self, frames: list[bytes]) -> None:
+        if len(frames) != 2:
+            logger.warning("ignored a handshake message of %d frames, not 2", len(frames))
+            return
+        identity, payload = frames
+        try:
+            answer = self._handshake.on_handshake(identity, payload)
+            if answer is not None:
+                self._handshake_socket.send_multipart([identity, answer], zmq.NOBLOCK)
+                self._handshake_reader.poke()
+        except (WireError, zmq.ZMQError) as error:
+            logger.warning("refused a handshake message: %s", error)
+        self._note_progress()
+
+    def _on_input(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 2:
+                raise WireError(f"a registration has 1 payload frame, not {len(frames) - 1}")
+            self._handshake.on_registration(frames[0], frames[1])
+        except WireError as error:
+            logger.warning("refused a registration: %s", error)
+        self._note_progress()
+
+    def _note_progress(self) -> None:
+        if not self._handshake.missing_ranks and not self._all_up.done():
+            self._all_up.set_result(None)
+
+    def _on_output(self, rank: int, frames: list[bytes]) -> None:
+        if frames == [ENGINE_CORE_DEAD]:
+            self._events.on_engine_dead(rank, f"engine {rank} reported a fatal error; see its log")
+            return
+        try:
+            outputs = decode_outputs(frames)
+        except WireError as error:
+            self._events.on_bad_frame(rank, error)
+            return
+        if outputs.utility_output is not None:
+            self._finish_call(rank, outputs.utility_output)
+        if outputs.outputs or outputs.scheduler_stats is not None:
+            self._events.on_outputs(rank, outputs)
+
+    def _finish_call(self, rank: int, reply: UtilityReply) -> None:
+        future = self._engines[rank].calls.get(reply.call_id)
+        if future is None or future.done():
+            logger.debug("engine %d answered call %d, which nobody awaits", rank, reply.call_id)
+        elif reply.failure_message is not None:
+            future.set_exception(UtilityCallError(f"engine {rank}: {reply.failure_message}"))
+        else:
+            future.set_result(reply.result)

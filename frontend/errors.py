@@ -1,0 +1,27 @@
+"""What the front end raises. Each message names the wrong value and the remedy."""
+
+from __future__ import annotations
+
+
+class InvalidRequestError(ValueError):
+    """The request cannot run as it stands; nothing was sent."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """Prompt and wanted output do not fit the model's context."""
+
+
+class DuplicateRequestIdError(InvalidRequestError):
+    """The id names a live request already; nothing was sent."""
+
+
+class EngineDeadError(RuntimeError):
+    """No engine can serve the request, or the engine that should have answered died."""
+
+
+class EngineStartupError(RuntimeError):
+    """An engine did not come up."""
+
+
+class UtilityCallError(RuntimeError):
+    """An engine answered a utility call with a failure."""

@@ -1,0 +1,100 @@
+"""From sampled ids to the text a client reads: detokenizing and stop strings of one stream.
+
+Invariants
+- Text given out is final. The pieces, joined, are the decoded tokens, cut at the stop string.
+- A stop string ends the stream with the token that completes it: that token counts, later ones of
+  the same delta do not.
+- A token that itself ended the request (EOS or a stop token) counts but has no text, unless
+  `include_stop_str_in_output` asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from frontend.detokenizer import IncrementalDetokenizer
+from frontend.sampling_params import SamplingParams
+from frontend.stop_strings import StopMatch, StopStrings
+from frontend.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessedDelta:
+    """What a delta of token ids comes to."""
+
+    text: str
+    """Text to give out now."""
+    num_tokens_used: int
+    """Leading tokens of the delta that belong to the result; fewer than it holds only after a stop
+    string."""
+    stop_reason: str | None = None
+    """The stop string that ended the stream, if one did."""
+
+
+class OutputProcessor:
+    """The text of one stream."""
+
+    __slots__ = ("_detokenizer", "_ending_token_ids", "_min_tokens", "_num_tokens", "_stops")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        sampling_params: SamplingParams,
+        prompt_token_ids: Iterable[int] = (),
+    ) -> None:
+        """Without a tokenizer, or with `detokenize=False`, tokens pass and have no text."""
+        self._detokenizer: IncrementalDetokenizer | None = None
+        self._stops: StopStrings | None = None
+        self._ending_token_ids: frozenset[int] = frozenset()
+        self._min_tokens = sampling_params.min_tokens
+        self._num_tokens = 0
+        if tokenizer is None or not sampling_params.detokenize:
+            return
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=sampling_params.skip_special_tokens,
+            prompt_token_ids=prompt_token_ids,
+        )
+        if sampling_params.stop:
+            self._stops = StopStrings(
+                sampling_params.stop,
+                include_in_output=sampling_params.include_stop_str_in_output,
+            )
+        if not sampling_params.include_stop_str_in_output:
+            self._ending_token_ids = sampling_params.ending_token_ids(tokenizer.eos_token_ids)
+
+    def process(self, token_ids: Sequence[int], finished: bool) -> ProcessedDelta:
+        """Take the next tokens of the stream; `finished` says that no more will come.
+
+        Nothing may follow a finished delta or one with a stop_reason.
+        """
+        detokenizer, stops = self._detokenizer, self._stops
+        if detokenizer is None:
+            return ProcessedDelta("", len(token_ids))
+        num_tokens = len(token_ids)
+        if finished and num_tokens and token_ids[-1] in self._ending_token_ids:
+            token_ids = token_ids[:-1]
+        if stops is None:
+            text = detokenizer.add(token_ids)
+            return ProcessedDelta(text + detokenizer.finish() if finished else text, num_tokens)
+
+        # Token by token, so that the one which completes a stop string is known.
+        pieces: list[str] = []
+        for num_used, token_id in enumerate(token_ids, start=1):
+            self._num_tokens += 1
+            found = stops.add(detokenizer.add((token_id,)), match=self._may_stop)
+            if isinstance(found, StopMatch):
+                return ProcessedDelta("".join(pieces) + found.text, num_used, found.stop)
+            pieces.append(found)
+        if finished:
+            found = stops.add(detokenizer.finish(), match=self._may_stop)
+            if isinstance(found, StopMatch):
+                return ProcessedDelta("".join(pieces) + found.text, num_tokens, found.stop)
+            pieces += found, stops.finish()
+        return ProcessedDelta("".join(pieces), num_tokens)
+
+    @property
+    def _may_stop(self) -> bool:
+        """Whether a stop string counts that the present token completes."""
+        return self._num_tokens > self._min_tokens

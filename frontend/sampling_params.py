@@ -1,0 +1,158 @@
+"""How a request's tokens are drawn and when it ends, as a caller says it.
+
+Names and defaults are vLLM's, but for `max_tokens`, which is unlimited here. The completions of one
+prompt (`n`) are requests of their own and hence no sampling parameter.
+
+Invariants
+- A `SamplingParams` that exists is valid: it passes the very checks that the wire makes.
+- Stop strings stay in the front end, which has the text; an engine sees only token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ipc import sampling_params as wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request. Raises ValueError naming a bad value and what is
+    allowed."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """In (0, 1]."""
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    """In [0, 1], relative to the likeliest token."""
+    presence_penalty: float = 0.0
+    """In [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """In [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Above 0."""
+    seed: int | None = None
+    """Makes the draws reproducible; None leaves them to the engine's own seed."""
+    max_tokens: int | None = None
+    """Most tokens of the output; None is as many as fit the model's context."""
+    min_tokens: int = 0
+    """Tokens before which neither EOS, stop tokens nor stop strings end the output."""
+    stop: Sequence[str] = ()
+    """Strings that end the output; one string may be given plainly."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output, besides EOS."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Alternatives to report for each sampled token; 0 is the sampled one alone, -1 all."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits, by token id."""
+    allowed_token_ids: Sequence[int] | None = None
+    """The only tokens that may be sampled."""
+    include_stop_str_in_output: bool = False
+    """Whether the text keeps what ended it: a stop string, a stop token or EOS."""
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+    """False gives token ids only."""
+
+    def __post_init__(self) -> None:
+        checked = wire.SamplingParams(**{name: getattr(self, name) for name in _FIELDS})
+        for name in _FIELDS:
+            object.__setattr__(self, name, getattr(checked, name))
+
+    def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Every token that ends this request as soon as it is sampled."""
+        eos_ids = () if self.ignore_eos else eos_token_ids
+        return frozenset((*eos_ids, *self.stop_token_ids))
+
+    def to_wire(
+        self, eos_token_ids: Sequence[int] = (), *, num_tokens_left: int
+    ) -> wire.SamplingParams:
+        """What an engine is sent.
+
+        `eos_token_ids` are the model's, its tokenizer's first: on that one an engine stops without
+        naming a reason, the others are sent as stop tokens. `num_tokens_left` is the room between
+        the prompt and the end of the context; it bounds `max_tokens`.
+        """
+        eos_id, other_eos_ids = None, eos_token_ids[1:]
+        if self.ignore_eos:
+            other_eos_ids = ()
+        elif eos_token_ids:
+            eos_id = eos_token_ids[0]
+        max_tokens = num_tokens_left if self.max_tokens is None else self.max_tokens
+        return wire.SamplingParams(
+            **{name: getattr(self, name) for name in _SENT_AS_THEY_ARE},
+            stop_token_ids=tuple(dict.fromkeys((*self.stop_token_ids, *other_eos_ids))),
+            max_tokens=min(max_tokens, num_tokens_left),
+            eos_token_id=eos_id,
+            all_stop_token_ids=frozenset((*eos_token_ids, *self.stop_token_ids)),
+        )
+
+    @classmethod
+    def from_sglang(cls, values: Mapping[str, object]) -> SamplingParams:
+        """Read SGLang's `sampling_params` dictionary; its `max_new_tokens` defaults to 128.
+
+        Raises ValueError for bad values, for unknown keys (naming the nearest known one) and for
+        what SGLang knows but Caesura does not do. None stands for a key's default.
+        """
+        fields: dict[str, object] = {"max_tokens": 128}
+        for key, value in values.items():
+            if key not in _FROM_SGLANG and key not in _ONLY_SGLANG_DEFAULT:
+                nearest = difflib.get_close_matches(key, _FROM_SGLANG, n=1, cutoff=0)[0]
+                raise ValueError(
+                    f"unknown sampling parameter {key!r}; did you mean {nearest!r}? "
+                    f"Known are {', '.join(sorted(_FROM_SGLANG))}"
+                )
+            if key == "max_new_tokens":
+                fields["max_tokens"] = value  # None is SGLang's word for no limit
+            elif value is None:
+                continue
+            elif key in _FROM_SGLANG:
+                fields[_FROM_SGLANG[key]] = value
+            elif value != _ONLY_SGLANG_DEFAULT[key]:
+                raise ValueError(
+                    f"sampling parameter {key}={value!r} is not supported; "
+                    + _REMEDIES.get(key, "leave it out")
+                )
+        bias = fields.get("logit_bias")
+        if isinstance(bias, Mapping):  # its keys are strings, as in JSON
+            fields["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+        return cls(**fields)  # type: ignore[arg-type]  # __post_init__ checks every field
+
+
+def _token_id(key: object) -> object:
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+
+_KEPT = ("stop", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
+"""What an engine has no use for."""
+_SENT_AS_THEY_ARE = tuple(
+    name for name in _FIELDS if name not in (*_KEPT, "stop_token_ids", "max_tokens")
+)
+
+_SAME_NAME = (
+    *("temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("logit_bias", "skip_special_tokens"),
+)
+_FROM_SGLANG = {name: name for name in _SAME_NAME} | {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "sampling_seed": "seed",
+    "no_stop_trim": "include_stop_str_in_output",
+}
+_ONLY_SGLANG_DEFAULT: dict[str, object] = {
+    "n": 1,
+    "spaces_between_special_tokens": True,
+    **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag")),
+    **dict.fromkeys(("stop_regex", "custom_params", "stream_interval")),
+}
+"""What SGLang knows besides, with the value that asks for nothing."""
+_REMEDIES = {"n": "pass the prompt that many times"}

@@ -1,0 +1,58 @@
+"""Delivers the messages of a ZeroMQ socket on the event loop's thread, without a task or a future
+for each.
+
+ZeroMQ's file descriptor is edge-triggered: it tells of a change, not of a state. Every wake-up
+therefore reads until the socket is empty, and whoever uses the same socket otherwise (sends on it)
+calls `poke`, for that may swallow an edge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+MESSAGES_PER_TURN = 64
+"""Then other work of the loop gets its turn."""
+
+
+class SocketReader:
+    """Calls `on_message(frames)` for each message until closed; the callback must not raise."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[bytes],
+        on_message: Callable[[list[bytes]], None],
+    ) -> None:
+        self._loop = loop
+        self._socket = socket
+        self._on_message = on_message
+        self._is_closed = False
+        self._fd = int(socket.getsockopt(zmq.FD))
+        loop.add_reader(self._fd, self._drain)
+        loop.call_soon(self._drain)
+
+    def poke(self) -> None:
+        """Look for messages whose edge another use of the socket may have swallowed."""
+        if not self._is_closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain)
+
+    def close(self) -> None:
+        """Stop reading and close the socket; messages not yet delivered fall away."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._fd)
+            self._socket.close(linger=0)
+
+    def _drain(self) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            if self._is_closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_message(frames)
+        self._loop.call_soon(self._drain)

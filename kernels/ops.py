@@ -1,0 +1,165 @@
+"""The kernels' only public door: each function picks the implementation for its tensors' device.
+
+CUDA tensors go to the Triton kernels, CPU tensors to the compiled CPU path. `kernels.reference`
+holds the same seven functions in plain PyTorch; read it for the shapes and the mathematics. An
+implementation is imported on first use: a CPU engine never pays for Triton, a GPU engine never
+for numba.
+
+Conventions that hold everywhere
+- key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_size] ("head-major"),
+  contiguous, in the dtype of the model.
+- slot_mapping[t] = block_id * block_size + offset (int64). block_tables, context_lens and
+  query_start_loc are int32.
+- context_lens count the tokens of this step, whose keys and values must already be in the cache
+  when attention is called.
+- Activations may be slices of a wider tensor (a fused QKV projection): only the dimensions after
+  the first need be contiguous.
+- Arithmetic is float32, rounded once, to the dtype of the input.
+- On the CPU, calls come from one thread at a time (numba's work queue is not thread-safe).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Implementation(Protocol):
+    """What a backend module provides. Shapes and meaning: `kernels.reference`."""
+
+    def paged_decode_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def paged_prefill_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        query_start_loc: Tensor,
+        max_query_len: int,
+        scale: float,
+        out: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def write_kv_cache(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def rotary_embedding(
+        self, query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor
+    ) -> None: ...
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor: ...
+
+
+@cache
+def implementation(device_type: str) -> Implementation:
+    """The module for a device type, imported on first use; ValueError for an unknown device."""
+    if device_type == "cpu":
+        from kernels import reference
+
+        return reference
+    raise ValueError(f"no kernels for device type {device_type!r}: use 'cpu' or 'cuda'")
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token a row over the row's pages.
+
+    query [R, Hq, D], block_tables [R, max_blocks], context_lens [R] -> [R, Hq, D], written into
+    `out` if given. A row of length 0 gives zeros.
+    """
+    return implementation(query.device.type).paged_decode_attention(
+        query, key_cache, value_cache, block_tables, context_lens, scale, out
+    )
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of any number of query tokens a row: prompts, chunks, single tokens, mixed.
+
+    query [T, Hq, D]. Row r owns tokens query_start_loc[r] : query_start_loc[r + 1], the last tokens
+    of its context; query_start_loc is [R + 1], max_query_len the most tokens any row owns.
+    -> [T, Hq, D], written into `out` if given; tokens that no row owns are left unwritten.
+    """
+    return implementation(query.device.type).paged_prefill_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        context_lens,
+        query_start_loc,
+        max_query_len,
+        scale,
+        out,
+    )
+
+
+def write_kv_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Store key and value [T, Hkv, D] at their slots, in place; a token with slot -1 is skipped."""
+    implementation(key.device.type).write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm (Zhang & Sennrich, 2019) of x [..., N] with weight [N]; -> like x."""
+    return implementation(x.device.type).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), all [..., N]; neither input is changed."""
+    return implementation(x.device.type).add_rms_norm(x, residual, weight, eps)
+
+
+def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
+    """Rotary position embedding (Su et al., 2021) in place, element i paired with i + D/2.
+
+    query [T, Hq, D], key [T, Hkv, D], positions [T] int64, cos_sin_cache [max_position, D] float32:
+    D/2 cosines, then D/2 sines.
+    """
+    implementation(query.device.type).rotary_embedding(query, key, positions, cos_sin_cache)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [T, 2 * I] = gate | up; -> [T, I]."""
+    return implementation(gate_up.device.type).silu_and_mul(gate_up)

@@ -1,0 +1,139 @@
+"""The kernels in plain PyTorch: the specification that every other implementation is tested against.
+
+Nothing here is fast. Each function does its arithmetic in float32 and rounds once, to the dtype of
+its input, at the end. The implementations do the same, so that they differ from this file only by
+the order of their sums.
+
+Shapes (T tokens of this step; R rows, one a sequence; D the head size; Hq query heads and Hkv
+key/value heads, Hq = G * Hkv; query head h reads key/value head h // G, "grouped-query attention"):
+
+    query           [T, Hq, D]   (decode: T = R, one token a row)
+    key, value      [T, Hkv, D]
+    key_cache, value_cache
+                    [num_blocks, Hkv, block_size, D]: head-major pages, so that one head's part of
+                    a page is one contiguous run of block_size * D numbers
+    block_tables    [R, max_blocks] int32: row r's token j lives in block
+                    block_tables[r, j // block_size] at offset j % block_size; entries past the
+                    row's length are never read
+    context_lens    [R] int32: tokens in the cache, those of this step included
+    slot_mapping    [T] int64: block_id * block_size + offset, or -1 for a token to skip
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale q K^T) V of one query a row over the row's context; zeros for length 0."""
+    out = torch.empty_like(query) if out is None else out
+    for row, length in enumerate(context_lens.tolist()):
+        keys, values = _gather(key_cache, value_cache, block_tables[row], length)
+        out[row : row + 1] = _attend(query[row : row + 1], keys, values, scale)
+    return out
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention; row r owns tokens query_start_loc[r] : query_start_loc[r + 1].
+
+    A row's queries are the last tokens of its context: with n queries and length L, query i sees
+    the first L - n + i + 1 tokens. Tokens that no row owns are left unwritten.
+    """
+    out = torch.empty_like(query) if out is None else out
+    bounds = query_start_loc.tolist()
+    for row, length in enumerate(context_lens.tolist()):
+        start, end = bounds[row], bounds[row + 1]
+        keys, values = _gather(key_cache, value_cache, block_tables[row], length)
+        out[start:end] = _attend(query[start:end], keys, values, scale)
+    return out
+
+
+def _gather(
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """One row's keys and values out of their pages: two [Hkv, length, D] in float32."""
+    _, num_kv_heads, block_size, head_size = key_cache.shape
+    blocks = block_table[: -(-length // block_size)].long()
+
+    def contiguous(cache: Tensor) -> Tensor:
+        pages = cache[blocks].transpose(0, 1)
+        return pages.reshape(num_kv_heads, -1, head_size)[:, :length].float()
+
+    return contiguous(key_cache), contiguous(value_cache)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """[n, Hq, D] queries, the last n of the context, over [Hkv, L, D] keys and values."""
+    num_queries, num_heads, _ = query.shape
+    num_kv_heads, length, _ = keys.shape
+    if length == 0:
+        return torch.zeros_like(query)
+    group = num_heads // num_kv_heads
+    keys = keys.repeat_interleave(group, dim=0)
+    values = values.repeat_interleave(group, dim=0)
+    scores = query.float().transpose(0, 1) @ keys.transpose(1, 2) * scale  # [Hq, n, L]
+    position = torch.arange(length, device=query.device)
+    visible = position <= position[length - num_queries :, None]
+    probabilities = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+    return (probabilities @ values).transpose(0, 1).to(query.dtype)
+
+
+def write_kv_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Store keys and values at their slots, in place. Slot -1 is skipped; no slot occurs twice."""
+    block_size = key_cache.shape[2]
+    tokens = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[tokens]
+    key_cache[slots // block_size, :, slots % block_size] = key[tokens]
+    value_cache[slots // block_size, :, slots % block_size] = value[tokens]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., N], weight [N]."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * inverse * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = x + residual rounded to their dtype. Neither input is changed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
+    """Rotate [T, Hq, D] queries and [T, Hkv, D] keys in place by their positions ([T] int64).
+
+    cos_sin_cache [max_position, D] float32 holds D/2 cosines, then D/2 sines. Element i is paired
+    with i + D/2 (the "NeoX" pairing of the Llama and Qwen families): (a cos - b sin, b cos + a sin).
+    """
+    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    for x in (query, key):
+        a, b = x.float().chunk(2, dim=-1)
+        x.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [..., 2 * I] = gate | up; -> [..., I]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)

@@ -1,0 +1,257 @@
+"""Train the small language model bundled with the front end, from nothing, on a CPU.
+
+Reads the sources that ship with the running CPython, trains a 4096-token byte-level BPE
+tokenizer and a 4-million-parameter Llama on them, and writes a folder that
+`transformers.AutoModelForCausalLM` and `AutoTokenizer` load unchanged.
+
+    python -m scripts.train_bundled_model --out frontend/bundled_model --minutes 60
+
+Needs torch, tokenizers, safetensors and, for the last check, transformers.
+
+Invariants:
+- Every file in `--out` is replaced atomically: a reader never sees half a checkpoint.
+- A usable checkpoint is in `--out` from the first `--export-minutes` on; only its weights and
+  card change after that.
+- With `--tokens`, the sequence of batches and learning rates depends on the options alone; with
+  `--minutes`, on the machine's speed too. A run continued from `--state` keeps its weights, its
+  optimizer and its place in the schedule, but draws its windows anew.
+- The held-out texts are never trained on, nor are they seen by the tokenizer's training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scripts.bundled_model import card, checkpoint, corpus
+from scripts.bundled_model.llama import Llama, ModelShape
+
+# (share of the budget at which the phase ends, context in tokens): attention over thousands of
+# tokens costs several times what the rest of the network does, so long contexts come last.
+PHASES = ((0.8, 512), (0.9, 2048), (1.0, 8192))
+MICRO_BATCH_TOKENS = 2048
+BATCH_TOKENS = 8192
+WARM_UP_STEPS = 40
+DECAY_FROM = 0.4
+FINAL_LR_SHARE = 0.03
+MATRIX_LR, MATRIX_DECAY = 0.003, 0.1
+OTHER_LR = 0.003
+CLIP_NORM = 1.0
+QUICK_WINDOWS = 32
+
+
+@dataclass
+class Progress:
+    """What has been spent so far; saved with the weights so that a run can be continued."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    parser.add_argument("--minutes", type=float, default=60.0, help="training time")
+    parser.add_argument("--tokens", type=int, help="training tokens, instead of --minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--export-minutes", type=float, default=5.0, help="between checkpoints")
+    parser.add_argument("--state", type=Path, help="file to keep the run in, and to go on from")
+    return parser.parse_args()
+
+
+def windows(stream: torch.Tensor, context: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yield windows [context + 1] of `stream` for ever, each part once before any part twice.
+
+    Each pass starts at another offset, so that a text is not always cut at the same places.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = int(torch.randint(context, (1,), generator=generator))
+        starts = torch.arange(offset, len(stream) - context, context)
+        for i in torch.randperm(len(starts), generator=generator).tolist():
+            yield stream[starts[i] : starts[i] + context + 1]
+
+
+def context_at(share: float) -> int:
+    """Context in tokens when `share` of the budget is spent."""
+    return next(context for end, context in PHASES if share < end or end == 1.0)
+
+
+def rate_at(step: int, share: float) -> float:
+    """Learning rate as a share of its peak: warm-up, constant, then linear decay."""
+    warm = min(1.0, (step + 1) / WARM_UP_STEPS)
+    left = min(1.0, (1.0 - share) / (1.0 - DECAY_FROM))
+    return warm * (FINAL_LR_SHARE + (1.0 - FINAL_LR_SHARE) * left)
+
+
+def make_optimizers(model: Llama) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, AdamW for the embedding and the norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(
+            matrices, lr=MATRIX_LR, weight_decay=MATRIX_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def batch_gradients(
+    model: Llama, batches: list[torch.Tensor], pool: ThreadPoolExecutor
+) -> tuple[float, list[torch.Tensor]]:
+    """Mean loss in nats and its gradients over micro-batches of ids [sequences, context + 1].
+
+    Each thread of `pool` takes whole micro-batches. Splitting each operation over the threads
+    instead makes them wait for one another thousands of times a step, which is ruinous as soon
+    as another process wants one of the cores.
+    """
+    parameters = list(model.parameters())
+
+    def one(ids: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.token_losses(ids).mean() / len(batches)
+        return loss.item(), torch.autograd.grad(loss, parameters)
+
+    total, summed = 0.0, [torch.zeros_like(p) for p in parameters]
+    for loss, gradients in pool.map(one, batches):
+        total += loss
+        torch._foreach_add_(summed, gradients)
+    return total, summed
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: Llama, stream: torch.Tensor, context: int, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """Losses in nats [windows, context] of consecutive windows of `stream`, in float32."""
+    count = (len(stream) - 1) // context
+    parts = [stream[i * context : (i + 1) * context + 1][None] for i in range(count)]
+
+    def one(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.token_losses(ids)
+
+    return torch.cat(list(pool.map(one, parts)))
+
+
+def train(
+    options: argparse.Namespace,
+    model: Llama,
+    stream: torch.Tensor,
+    held_out: torch.Tensor,
+    pool: ThreadPoolExecutor,
+) -> Progress:
+    """Spend the budget on `model`, exporting now and then; returns what was spent."""
+    optimizers = make_optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    progress = Progress()
+    if options.state is not None and options.state.exists():
+        saved = torch.load(options.state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        progress = Progress(**saved["progress"])
+
+    def save() -> None:
+        checkpoint.export_weights(options.out, model)
+        if options.state is not None:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            saved = {"model": model.state_dict(), "optimizers": states, "progress": vars(progress)}
+            torch.save(saved, options.state.with_suffix(".partial"))
+            options.state.with_suffix(".partial").replace(options.state)
+
+    quick = held_out[: QUICK_WINDOWS * 512 + 1]
+    context = 0
+    source: Iterator[torch.Tensor] = iter(())
+    last_save = progress.seconds
+    resumed_at, started = progress.seconds, time.monotonic()
+    while True:
+        spent = (
+            progress.tokens / options.tokens
+            if options.tokens
+            else (progress.seconds / 60.0 / options.minutes)
+        )
+        if spent >= 1.0:
+            break
+        if context_at(spent) != context:
+            context = context_at(spent)
+            source = windows(stream, context, options.seed + progress.step)
+        rows = max(1, MICRO_BATCH_TOKENS // context)
+        count = max(BATCH_TOKENS, 2 * context) // (rows * context)
+        batches = [torch.stack([next(source) for _ in range(rows)]) for _ in range(count)]
+        loss, gradients = batch_gradients(model, batches, pool)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate_at(progress.step, spent)
+            optimizer.step()
+        progress.step += 1
+        progress.tokens += count * rows * context
+        progress.seconds = resumed_at + time.monotonic() - started
+        if progress.step % 10 == 0:
+            speed = progress.tokens / progress.seconds
+            print(
+                f"step {progress.step} context {context} loss {loss:.3f} "
+                f"tokens {progress.tokens} {speed:.0f} tokens/s {progress.seconds / 60:.1f} min",
+                flush=True,
+            )
+        if progress.seconds - last_save > 60.0 * options.export_minutes:
+            last_save = progress.seconds
+            save()
+            quick_loss = held_out_losses(model, quick, 512, pool).mean().item()
+            print(f"exported; held-out loss (part) {quick_loss:.4f}", flush=True)
+    save()
+    return progress
+
+
+def main() -> None:
+    """Train, export, measure and describe the model."""
+    options = parse_options()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    # One thread per operation: the parallelism is over micro-batches, see batch_gradients.
+    torch.set_num_threads(1)
+
+    texts = corpus.load_corpus()
+    tokenizer = corpus.train_tokenizer(texts.train)
+    stream = corpus.encode_stream(tokenizer, texts.train + texts.lessons, options.seed)
+    held_out = corpus.encode_stream(tokenizer, texts.held_out, options.seed)
+    model = Llama(ModelShape())
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size} parameters, {len(stream)} tokens, {len(held_out)} held out", flush=True)
+
+    checkpoint.export_fixed_files(options.out, model.shape, tokenizer)
+    with ThreadPoolExecutor(options.threads) as pool:
+        progress = train(options, model, stream, held_out, pool)
+        # From here on the weights are those of the file.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16).float()
+        loaded = checkpoint.LoadedModel(options.out)
+        figures = card.Figures(
+            train_tokens=progress.tokens,
+            corpus_tokens=len(stream),
+            held_out_tokens=len(held_out),
+            held_out_bytes=sum(len(text.encode()) for text in texts.held_out),
+            minutes=progress.seconds / 60.0,
+            threads=options.threads,
+            logit_difference=loaded.check(model, tokenizer, texts.held_out[0][:4000]),
+            short_losses=held_out_losses(model, held_out, card.SHORT_CONTEXT, pool),
+            long_losses=held_out_losses(model, held_out, model.shape.max_positions, pool),
+        )
+    text = card.render(figures, model, loaded, options.seed)
+    checkpoint.write_atomically(options.out / "README.md", text.encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""What an engine can do wrong, and that only its own requests suffer from it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from frontend.async_engine import AsyncEngine, RequestStream
+
+from frontend.errors import DuplicateRequestIdError, EngineDeadError
+from frontend.sampling_params import SamplingParams
+from ipc.codec import pack
+from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from tests.support.mock_engine import MockEngine
+from tests.support.mock_fleet import mock_fleet, mock_fleet_config
+
+BAD_FRAMES = {
+    "no msgpack": [b"\xc1\xc1"],
+    "not an array": [pack({"outputs": []})],
+    "pickled data": [b"\x99\x00\x91\xc7\x01\x01\x00"],
+    "outputs that are no list": [pack([0, 7, None, 1.5])],
+    "an output without an id": [pack([0, [[None, [1]]], None, 1.5])],
+    "a token that is no integer": [pack([0, [["x", ["one"]]], None, 1.5])],
+    "an empty message": [b""],
+}
+
+
+async def one_stream_each(
+    frontend: AsyncEngine, engines: list[MockEngine]
+) -> list[tuple[str, RequestStream]]:
+    """For each engine one stream that has delivered the tokens 7 and 8: (internal id, stream)."""
+    streams = {}
+    for index in range(len(engines)):
+        name = f"fault-{index}"
+        streams[name] = frontend.generate(
+            prompt_token_ids=[1, 2],
+            request_id=name,
+            sampling_params=SamplingParams(max_tokens=100),
+        )
+    opened = []
+    for engine in engines:
+        request = await engine.next_add()
+        assert request.external_req_id is not None
+        stream = streams[request.external_req_id]
+        await engine.send_tokens(request.request_id, [7, 8])
+        assert list((await asyncio.wait_for(anext(stream), 5)).token_ids) == [7, 8]
+        opened.append((request.request_id, stream))
+    return opened
+
+
+async def assert_ended_with_error(stream: RequestStream) -> None:
+    """The stream yields one terminal, an error that tells why, within a second."""
+    rest = await asyncio.wait_for(collect(stream), 1)
+    assert [out.finish_reason for out in rest] == ["error"]
+    assert rest[-1].error
+
+
+async def collect(stream: RequestStream) -> list[object]:
+    return [out async for out in stream]
+
+
+async def assert_serves(engine: MockEngine, request_id: str, stream: RequestStream) -> None:
+    """The engine's request goes on, and ends as if nothing had happened."""
+    await engine.send_tokens(request_id, [9], finish=FinishReason.LENGTH)
+    result = await asyncio.wait_for(stream.result(), 5)
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize("frames", BAD_FRAMES.values(), ids=BAD_FRAMES.keys())
+async def test_L12_a_malformed_output_frame_ends_only_its_engines_requests(
+    frames: list[bytes],
+) -> None:
+    async with mock_fleet(2) as (frontend, [bad, good]):
+        (_, broken), (good_id, healthy) = await one_stream_each(frontend, [bad, good])
+        await bad.send_frame(*frames)
+        await assert_ended_with_error(broken)
+        await assert_serves(good, good_id, healthy)
+
+
+async def test_L12_the_dead_sentinel_ends_only_its_engines_requests_within_a_second() -> None:
+    async with mock_fleet(2) as (frontend, [dying, good]):
+        (_, broken), (good_id, healthy) = await one_stream_each(frontend, [dying, good])
+        await dying.die()
+        await assert_ended_with_error(broken)
+        await assert_serves(good, good_id, healthy)
+
+
+async def test_L12_a_vanished_engines_requests_end_within_a_second_with_their_partial_tokens() -> (
+    None
+):
+    async with mock_fleet(2) as (frontend, [vanishing, good]):
+        streams = [
+            frontend.generate(prompt_token_ids=[1], request_id=f"vanish-{index}")
+            for index in range(2)
+        ]
+        request = await vanishing.next_add()
+        other = await good.next_add()
+        by_name = {f"vanish-{index}": stream for index, stream in enumerate(streams)}
+        assert request.external_req_id is not None
+        assert other.external_req_id is not None
+        broken, healthy = by_name[request.external_req_id], by_name[other.external_req_id]
+        result = asyncio.create_task(broken.result())
+        await vanishing.send_tokens(request.request_id, [7, 8, 9])
+        await asyncio.sleep(0.05)
+        vanished_s = time.monotonic()
+        await vanishing.vanish()
+        ended = await asyncio.wait_for(result, 2)
+        assert time.monotonic() - vanished_s < 1
+        assert (ended.finish_reason, list(ended.token_ids)) == ("error", [7, 8, 9])
+        await assert_serves(good, other.request_id, healthy)
+
+
+async def test_L12_new_requests_go_to_the_engines_that_are_left() -> None:
+    async with mock_fleet(2) as (frontend, [dying, good]):
+        await dying.die()
+        await asyncio.sleep(0.1)
+        streams = [frontend.generate(prompt_token_ids=[1]) for _ in range(3)]
+        for _ in streams:
+            request = await good.next_add()
+            await good.send_tokens(request.request_id, [5], finish=FinishReason.STOP)
+        for stream in streams:
+            assert (await asyncio.wait_for(stream.result(), 5)).finish_reason == "stop"
+        await dying.expect_silence(0.05)
+
+
+async def test_L12_with_no_engine_left_a_request_is_refused_at_once() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        assert frontend.is_healthy
+        await engine.die()
+        await asyncio.sleep(0.1)
+        assert not frontend.is_healthy
+        with pytest.raises(EngineDeadError):
+            frontend.generate(prompt_token_ids=[1])
+
+
+async def test_L12_frames_of_a_dead_engine_that_come_late_fall_away() -> None:
+    async with mock_fleet(2) as (frontend, [dying, good]):
+        (dead_id, broken), (good_id, healthy) = await one_stream_each(frontend, [dying, good])
+        await dying.die()
+        await assert_ended_with_error(broken)
+        await dying.send_tokens(dead_id, [9], finish=FinishReason.LENGTH)
+        await dying.send_frame(b"\xc1")
+        await asyncio.sleep(0.05)
+        assert await collect(broken) == []
+        await assert_serves(good, good_id, healthy)
+
+
+async def test_L12_an_engine_cannot_answer_another_engines_request() -> None:
+    async with mock_fleet(2) as (frontend, [forger, good]):
+        _, (good_id, healthy) = await one_stream_each(frontend, [forger, good])
+        await forger.send_tokens(good_id, [666], finish=FinishReason.STOP)
+        await asyncio.sleep(0.05)
+        await good.send_tokens(good_id, [9], finish=FinishReason.LENGTH)
+        rest = await asyncio.wait_for(healthy.result(), 5)
+        assert (list(rest.token_ids)[-1], rest.finish_reason) == (9, "length")
+
+
+async def test_L12_outputs_of_unknown_requests_are_ignored() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        await engine.send_tokens("never-heard-of", [1, 2], finish=FinishReason.STOP)
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        await assert_serves(engine, request_id, stream)
+        assert frontend.is_healthy
+
+
+async def test_L1_a_finished_request_gets_nothing_more() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        end = EngineCoreOutput(request_id, (9,), finish_reason=FinishReason.STOP)
+        more = EngineCoreOutput(request_id, (10,), finish_reason=FinishReason.LENGTH)
+        await engine.send(EngineCoreOutputs(outputs=(end, more)))
+        await engine.send_tokens(request_id, [11])
+        outputs = [out async for out in stream]
+        assert [out.finish_reason for out in outputs] == ["stop"]
+        assert list(outputs[0].token_ids) == [9]
+
+
+async def test_L1_an_engines_own_error_ends_that_request_alone() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        streams = [frontend.generate(prompt_token_ids=[1], request_id=name) for name in "ab"]
+        first, second = [await engine.next_add() for _ in streams]
+        await engine.send_tokens(first.request_id, [], finish=FinishReason.ERROR)
+        await engine.send_tokens(second.request_id, [4], finish=FinishReason.REPETITION)
+        reasons = {(await asyncio.wait_for(stream.result(), 5)).finish_reason for stream in streams}
+        assert reasons == {"error", "repetition"}
+        assert frontend.is_healthy
+
+
+async def test_L8_a_duplicate_live_id_is_refused_and_no_second_add_is_sent() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        stream = frontend.generate(prompt_token_ids=[1], request_id="same")
+        request = await engine.next_add()
+        with pytest.raises(DuplicateRequestIdError, match="same"):
+            frontend.generate(prompt_token_ids=[2], request_id="same")
+        await engine.expect_silence(0.1)
+        await assert_serves(engine, request.request_id, stream)
+
+
+async def test_L8_an_external_id_may_be_used_again_once_its_terminal_is_out() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        internal_ids = []
+        for _ in range(2):
+            stream = frontend.generate(prompt_token_ids=[1], request_id="again")
+            request = await engine.next_add()
+            assert request.external_req_id == "again"
+            internal_ids.append(request.request_id)
+            await assert_serves(engine, request.request_id, stream)
+        assert internal_ids[0] != internal_ids[1], "an engine must never see an id twice"
+
+
+async def test_L12_a_repeated_hello_before_ready_is_answered_and_the_start_goes_on() -> None:
+    config = mock_fleet_config(1)
+    starting = asyncio.create_task(AsyncEngine.start(config))
+    engine = MockEngine(config.handshake_tcp_address)
+    try:
+        await engine.say("HELLO")
+        await engine.receive_init()
+        await engine.say("HELLO")
+        engine.connect(await engine.receive_init())
+        await engine.register()
+        await engine.say("READY")
+        frontend = await asyncio.wait_for(starting, 10)
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        await assert_serves(engine, request_id, stream)
+        await frontend.shutdown()
+    finally:
+        starting.cancel()
+        await engine.vanish()
+
+
+async def test_L12_an_engine_that_starts_again_gets_a_new_endpoint_and_serves() -> None:
+    """The old epoch's requests end with an error; its late frames reach nobody."""
+    async with mock_fleet() as (frontend, [old]):
+        [(old_id, broken)] = await one_stream_each(frontend, [old])
+        new = MockEngine(old.handshake_address)
+        try:
+            await new.start()
+            await assert_ended_with_error(broken)
+            await old.send_tokens(old_id, [9], finish=FinishReason.LENGTH)
+            [(request_id, stream)] = await one_stream_each(frontend, [new])
+            await old.die()
+            await asyncio.sleep(0.05)
+            await assert_serves(new, request_id, stream)
+            assert frontend.is_healthy
+        finally:
+            await new.vanish()
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xc1", pack({}), pack({"max_model_len": "long"})])
+async def test_L12_an_engine_that_registers_wrongly_may_try_again(payload: bytes) -> None:
+    config = mock_fleet_config(1)
+    starting = asyncio.create_task(AsyncEngine.start(config))
+    engine = MockEngine(config.handshake_tcp_address)
+    try:
+        await engine.say("HELLO")
+        engine.connect(await engine.receive_init())
+        await engine.register(payload)
+        await asyncio.sleep(0.1)
+        assert not starting.done()
+        await engine.register()
+        await engine.say("READY")
+        frontend = await asyncio.wait_for(starting, 10)
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        await assert_serves(engine, request_id, stream)
+        await frontend.shutdown()
+    finally:
+        starting.cancel()
+        await engine.vanish()
+
+
+async def test_L12_an_engine_with_an_unexpected_rank_does_not_disturb_the_start() -> None:
+    config = mock_fleet_config(1)
+    starting = asyncio.create_task(AsyncEngine.start(config))
+    stranger = MockEngine(config.handshake_tcp_address, rank=5)
+    engine = MockEngine(config.handshake_tcp_address)
+    try:
+        await stranger.say("HELLO")
+        await engine.start()
+        frontend = await asyncio.wait_for(starting, 10)
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        await assert_serves(engine, request_id, stream)
+        await frontend.shutdown()
+    finally:
+        starting.cancel()
+        await stranger.vanish()
+        await engine.vanish()
+
+
+async def test_L12_a_start_without_engines_fails_in_time_and_says_which_is_missing() -> None:
+    config = mock_fleet_config(2, startup_timeout_s=0.5)
+    engine = MockEngine(config.handshake_tcp_address, rank=0)
+    starting = asyncio.create_task(AsyncEngine.start(config))
+    try:
+        await engine.start()
+        with pytest.raises(TimeoutError, match="1"):
+            await asyncio.wait_for(starting, 5)
+    finally:
+        await engine.vanish()

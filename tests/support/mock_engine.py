@@ -1,0 +1,327 @@
+"""A scripted engine: the engine's side of the wire over real ZeroMQ sockets.
+
+A test of a front end opens it, reads what the front end sent, and answers by hand:
+
+    async with MockEngine(handshake_address) as engine:
+        request = await engine.next_add()
+        await engine.send_tokens(request.request_id, [11, 12])
+        await engine.send_tokens(request.request_id, [13], finish=FinishReason.LENGTH)
+        await engine.expect_silence(0.1)
+
+or lets `AutoAnswers` play a whole engine (tests/support/auto_answers.py). For load tests it also
+runs as a process, from the repository's root:
+
+    python -m tests.support.mock_engine --handshake tcp://127.0.0.1:13345 --rank 0
+
+Invariants
+- Every frame that arrives is kept in `received`, in order and with its time.
+- Nothing is sent that the test did not ask for, with one exception: `caesura_status`, the front
+  end's heartbeat, is answered at once and does not show up in `next_utility`.
+- Every wait is bounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import zmq.asyncio
+
+from ipc.abort import Abort
+from ipc.frames import InputError, decode_input
+from ipc.handshake import (
+    CAESURA_PROTOCOL,
+    Hello,
+    Init,
+    Ready,
+    Registration,
+    engine_identity,
+)
+from ipc.lifecycle import CAESURA_STATUS, EngineStatus
+from ipc.output import (
+    ENGINE_CORE_DEAD,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+    encode_outputs,
+)
+from ipc.request import EngineCoreRequest
+from ipc.sockets import connect_dealer, connect_push
+from ipc.utility import UtilityCall, UtilityReply
+
+Message = EngineCoreRequest | Abort | UtilityCall | InputError
+"""What a frame from the front end decodes to; InputError is a frame that does not decode."""
+
+NUM_BLOCKS = 1024
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedFrame:
+    """One message from the front end, as it came."""
+
+    time_s: float
+    """Monotonic clock at arrival."""
+    frames: tuple[bytes, ...]
+    """Type byte, payload, auxiliary frames."""
+    message: Message
+
+
+class MockEngine:
+    """One engine of a front end under test.
+
+    `start` plays a correct handshake; a test of a wrong one calls its steps (`say`, `receive_init`,
+    `connect`, `register`) in an order of its own.
+    """
+
+    def __init__(
+        self,
+        handshake_address: str,
+        *,
+        rank: int = 0,
+        local: bool = False,
+        caesura: bool = True,
+        registration: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Not yet started.
+
+        `caesura=False` makes it a foreign engine, a plain vLLM; `registration` replaces values of
+        the map it registers with.
+        """
+        self.rank = rank
+        self.caesura = caesura
+        self.received: list[ReceivedFrame] = []
+        self.on_message: Callable[[Message], None] | None = None
+        """If set, takes every message in place of `next_add`, `next_abort`, `next_utility`."""
+        self._handshake_address = handshake_address
+        self._local = local
+        self._registration = dict(registration or {})
+        self._identity = engine_identity(rank)
+        self._context = zmq.asyncio.Context()
+        self._handshake: zmq.asyncio.Socket | None = None
+        self._inputs: list[zmq.asyncio.Socket] = []
+        self._outputs: list[zmq.asyncio.Socket] = []
+        self._readers: list[asyncio.Task[None]] = []
+        self._unread_adds: asyncio.Queue[EngineCoreRequest] = asyncio.Queue()
+        self._unread_aborts: asyncio.Queue[list[str]] = asyncio.Queue()
+        self._unread_utilities: asyncio.Queue[UtilityCall] = asyncio.Queue()
+        self._unread_errors: list[InputError] = []
+
+    # ── handshake ─────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self, timeout_s: float = 10.0) -> None:
+        """HELLO, INIT, registration on every input, READY; from then on frames are received."""
+        await self.say("HELLO")
+        self.connect(await self.receive_init(timeout_s))
+        await self.register()
+        await self.say("READY")
+
+    async def say(self, status: str) -> None:
+        """Send HELLO or READY on the handshake socket."""
+        if self._handshake is None:
+            self._handshake = connect_dealer(self._context, self._handshake_address, self._identity)
+        greeting = {"HELLO": Hello, "READY": Ready}[status](self._local, not self._local)
+        await self._handshake.send(greeting.encode())
+
+    async def receive_init(self, timeout_s: float = 10.0) -> Init:
+        """The front end's answer to HELLO: which addresses to dial."""
+        assert self._handshake is not None, "say HELLO first"
+        return Init.decode(await asyncio.wait_for(self._handshake.recv(), timeout_s))
+
+    def connect(self, init: Init) -> None:
+        """Dial every input and output address, and begin to receive."""
+        self._inputs = [
+            connect_dealer(self._context, address, self._identity) for address in init.inputs
+        ]
+        self._outputs = [connect_push(self._context, address) for address in init.outputs]
+        self._readers = [asyncio.create_task(self._read(socket)) for socket in self._inputs]
+
+    async def register(self, payload: bytes | None = None) -> None:
+        """Announce this engine on every input socket; `payload` replaces a right registration."""
+        if payload is None:
+            payload = self._make_registration().encode()
+        for socket in self._inputs:
+            await socket.send(payload)
+
+    def _make_registration(self) -> Registration:
+        values: dict[str, Any] = {
+            "max_model_len": 4096,
+            "num_gpu_blocks": NUM_BLOCKS,
+            "block_size": BLOCK_SIZE,
+            "dp_stats_address": None,
+            "dtype": "float32",
+            "vllm_version": "0.32.0",
+            "world_size": 1,
+            "data_parallel_size": 1,
+            "data_parallel_rank": self.rank,
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "max_num_seqs": 256,
+            "max_num_batched_tokens": 2048,
+            "instance_id": f"mock-{self.rank}",
+            "supports_lora": False,
+            "max_loras": 0,
+            "caesura_protocol": CAESURA_PROTOCOL if self.caesura else None,
+        }
+        return Registration(**(values | self._registration))
+
+    # ── what the front end sent ───────────────────────────────────────────────────────────────────
+
+    @property
+    def adds(self) -> list[EngineCoreRequest]:
+        return [r.message for r in self.received if isinstance(r.message, EngineCoreRequest)]
+
+    @property
+    def aborts(self) -> list[list[str]]:
+        """One list of ids for each Abort frame."""
+        return [list(r.message.request_ids) for r in self.received if isinstance(r.message, Abort)]
+
+    @property
+    def utilities(self) -> list[UtilityCall]:
+        """Calls, without the heartbeats."""
+        calls = (r.message for r in self.received if isinstance(r.message, UtilityCall))
+        return [call for call in calls if call.method != CAESURA_STATUS]
+
+    async def next_add(self, timeout_s: float = 5.0) -> EngineCoreRequest:
+        return await asyncio.wait_for(self._unread_adds.get(), timeout_s)
+
+    async def next_abort(self, timeout_s: float = 5.0) -> list[str]:
+        """The ids of the next Abort frame."""
+        return await asyncio.wait_for(self._unread_aborts.get(), timeout_s)
+
+    async def next_utility(self, timeout_s: float = 5.0) -> UtilityCall:
+        return await asyncio.wait_for(self._unread_utilities.get(), timeout_s)
+
+    async def expect_silence(self, duration_s: float) -> None:
+        """Assert that nothing is unread and nothing arrives for so long (heartbeats excepted)."""
+        await asyncio.sleep(duration_s)
+        unread: list[object] = list(self._unread_errors)
+        for queue in (self._unread_adds, self._unread_aborts, self._unread_utilities):
+            while not queue.empty():
+                unread.append(queue.get_nowait())
+        assert not unread, f"engine {self.rank} expected silence but received {unread}"
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            frames = tuple(await socket.recv_multipart())
+            try:
+                message: Message = decode_input(list(frames))
+            except InputError as error:
+                message = error
+            self.received.append(ReceivedFrame(time.monotonic(), frames, message))
+            if self.on_message is not None:
+                self.on_message(message)
+            elif isinstance(message, EngineCoreRequest):
+                self._unread_adds.put_nowait(message)
+            elif isinstance(message, Abort):
+                self._unread_aborts.put_nowait(list(message.request_ids))
+            elif isinstance(message, InputError):
+                self._unread_errors.append(message)
+            elif message.method == CAESURA_STATUS and self.caesura:
+                await self.reply(message, self.make_status().to_wire())
+            else:
+                self._unread_utilities.put_nowait(message)
+
+    def make_status(self, **values: Any) -> EngineStatus:
+        """The status of an idle engine, with `values` replaced."""
+        idle: dict[str, Any] = {
+            "state": "running",
+            "num_running": 0,
+            "num_waiting": 0,
+            "num_blocks": NUM_BLOCKS,
+            "num_free_blocks": NUM_BLOCKS,
+            "num_cached_blocks": 0,
+            "num_steps": 0,
+            "weight_version": "default",
+            "integrity_errors": (),
+            "counters": {},
+        }
+        return EngineStatus(**(idle | values))
+
+    # ── what it answers ───────────────────────────────────────────────────────────────────────────
+
+    async def send_tokens(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        finish: FinishReason | None = None,
+        stop_reason: int | str | None = None,
+        client_index: int = 0,
+    ) -> None:
+        """One output of one request, in a frame of its own."""
+        output = EngineCoreOutput(
+            request_id, token_ids, finish_reason=finish, stop_reason=stop_reason
+        )
+        await self.send(EngineCoreOutputs(outputs=[output]), client_index)
+
+    async def send(self, outputs: EngineCoreOutputs, client_index: int = 0) -> None:
+        """One frame, stamped with this engine's rank and the time."""
+        stamped = replace(outputs, engine_index=self.rank, timestamp=time.monotonic())
+        await self._outputs[client_index].send_multipart(encode_outputs(stamped))
+
+    async def send_frame(self, *frames: bytes, client_index: int = 0) -> None:
+        """Raw bytes on the output socket: for what no correct engine would send."""
+        await self._outputs[client_index].send_multipart(frames)
+
+    async def reply(
+        self, call: UtilityCall, result: object = None, *, failure: str | None = None
+    ) -> None:
+        """Answer a utility call."""
+        reply = UtilityReply(call.call_id, failure, result)
+        await self.send(EngineCoreOutputs(utility_output=reply), call.client_index)
+
+    async def die(self) -> None:
+        """The last words of an engine that meets a fatal error; its sockets stay open."""
+        for socket in self._outputs:
+            await socket.send(ENGINE_CORE_DEAD)
+
+    async def vanish(self) -> None:
+        """Close every socket without a word, as a killed process does."""
+        for reader in self._readers:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+        self._readers.clear()
+        self._context.destroy(linger=0)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.vanish()
+
+
+async def _serve(handshake_address: str, rank: int, step_time_ms: float) -> None:
+    # Imported here because it builds on this module.
+    from tests.support.auto_answers import AutoAnswers
+
+    async with MockEngine(handshake_address, rank=rank) as engine:
+        await AutoAnswers(engine, step_time_ms=step_time_ms).run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An engine that answers with made-up tokens.")
+    parser.add_argument("--handshake", required=True, help="the front end's handshake address")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--step-time-ms", type=float, default=10.0)
+    arguments = parser.parse_args()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(arguments.handshake, arguments.rank, arguments.step_time_ms))
+
+
+if __name__ == "__main__":
+    main()
