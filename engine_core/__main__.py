@@ -13,7 +13,7 @@ import sys
 from typing import NoReturn
 
 from engine_core.process import EngineOptions, SetupError, run_engine
-from ipc.engine_config import EngineConfig
+from ipc.engine_config import SETUP_ERROR_PREFIX, EngineConfig
 from ipc.handshake import MAX_RANK
 from ipc.logs import configure_logging
 
@@ -92,7 +92,7 @@ def main() -> int:
         configure_logging(f"engine {options.rank}")
         return run_engine(options)
     except SetupError as error:
-        print(f"engine {options.rank}: error: {error}", file=sys.stderr)
+        print(f"{SETUP_ERROR_PREFIX}{error}", file=sys.stderr)
         return 2
 
 

@@ -263,8 +263,10 @@ class EngineCore:
             if not samples:
                 continue
             token_id = next(sampled)
-            is_first = request.num_output_tokens == 0
             ended = self.scheduler.finish_sampled(request, token_id)
+            if ended is None and not request.events and slot not in logprobs:
+                outbox.add(request.client_index, EngineCoreOutput(request.request_id, (token_id,)))
+                continue
             if ended is not None:
                 del self._requests[request.request_id]
             outbox.add(
@@ -276,7 +278,7 @@ class EngineCore:
                     finish_reason=None if ended is None else ended[0],
                     stop_reason=None if ended is None else ended[1],
                     events=tuple(request.events) if request.events else None,
-                    prefill_stats=_prefill_stats(request) if is_first else None,
+                    prefill_stats=_prefill_stats(request),
                 ),
             )
             request.events.clear()
@@ -311,7 +313,10 @@ class EngineCore:
         )
 
 
-def _prefill_stats(request: Request) -> PrefillStats:
+def _prefill_stats(request: Request) -> PrefillStats | None:
+    """How the prompt was computed; told with the first token."""
+    if request.num_output_tokens != 1:
+        return None
     num_cached = request.num_cached_tokens
     return PrefillStats(
         num_prompt_tokens=request.num_prompt_tokens,

@@ -54,8 +54,8 @@ def choose_num_blocks(
         origin = f"the free memory ({budget_bytes} bytes of it for the cache)"
     if num_blocks < blocks_per_sequence:
         raise ModelError(
-            f"{origin} gives {num_blocks} KV blocks of {bytes_per_block} bytes, but one sequence of "
-            f"max_model_len={max_model_len} tokens needs {blocks_per_sequence}; "
+            f"{origin} gives {num_blocks} KV blocks of {bytes_per_block} bytes, but one sequence "
+            f"of max_model_len={max_model_len} tokens needs {blocks_per_sequence}; "
             f"lower max_model_len or give the cache more memory"
         )
     return num_blocks
@@ -66,8 +66,8 @@ def allocate_kv_cache(
 ) -> list[tuple[Tensor, Tensor]]:
     """Key and value cache of each layer.
 
-    Zeroed, so that a kernel may load the unused end of a block and mask it (0 * garbage could be NaN).
-    On a CPU the system maps zeroed pages only as they are first written.
+    Zeroed, so that a kernel may load the unused end of a block and mask it (garbage times zero
+    could be NaN). On a CPU the system maps zeroed pages only as they are first written.
     """
     shape = (num_blocks, model.num_kv_heads, block_size, model.head_size)
 

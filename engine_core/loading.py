@@ -32,7 +32,7 @@ def load_core(config: EngineConfig, *, rank: int, num_local_engines: int) -> tup
         )
     else:
         # Imported only here: it brings torch, which engines with a fake runner start without.
-        from engine_core.model_runner import load_runner
+        from engine_core.model_loader import load_runner
 
         runner, resolved = load_runner(config, num_local_engines)
         max_model_len, dtype = resolved.max_model_len, resolved.dtype

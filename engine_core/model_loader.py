@@ -99,7 +99,7 @@ def _choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
     if asked is None or asked <= limit:
         return asked or limit
     reason = (
-        f"its attention has a sliding window of {limit} tokens, and longer contexts are not supported"
+        "longer contexts would need its sliding window, which is not supported"
         if limit == model.sliding_window
         else f"its positions end at {limit}"
     )

@@ -51,7 +51,8 @@ class Request:
     slot: int = -1
     events: list[EngineCoreEvent] = field(default_factory=list)
     """Not yet reported; they leave with the next output."""
-    stop_token_ids: frozenset[int] = frozenset()
+    ending_token_ids: frozenset[int] = frozenset()
+    """EOS, if it counts, and the request's own stop tokens."""
 
     @property
     def num_output_tokens(self) -> int:
@@ -64,12 +65,9 @@ class Request:
         in vLLM; an end-of-sequence token has none.
         """
         self.token_ids.append(token_id)
-        sampling = self.sampling
-        if self.num_output_tokens >= sampling.min_tokens:
-            if token_id == sampling.eos_token_id:
-                return FinishReason.STOP, None
-            if token_id in self.stop_token_ids:
-                return FinishReason.STOP, token_id
-        if self.num_output_tokens >= self.max_output_tokens:
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self.ending_token_ids and num_output_tokens >= self.sampling.min_tokens:
+            return FinishReason.STOP, None if token_id == self.sampling.eos_token_id else token_id
+        if num_output_tokens >= self.max_output_tokens:
             return FinishReason.LENGTH, None
         return None

@@ -239,7 +239,7 @@ class Sampler:
     # -- tensors ---------------------------------------------------------------------------------
 
     def _ids(self, token_ids: Iterable[int]) -> Tensor:
-        """Token ids as an index; those outside the vocabulary, which have no logit, are left out."""
+        """Token ids as an index; ids outside the vocabulary, which have no logit, are left out."""
         inside = [token_id for token_id in token_ids if token_id < self._vocab_size]
         return torch.tensor(inside, dtype=torch.int64, device=self._device)
 

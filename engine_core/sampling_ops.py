@@ -29,7 +29,7 @@ def uniform_draws(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> ND
     """
     counters = positions.astype(np.uint64) + np.uint64(1)
     mixed = _mix(_mix(seeds) + counters * _GOLDEN)
-    return (mixed >> np.uint64(11)) * 2.0**-53
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -45,7 +45,7 @@ def pick_tokens(weights: Tensor, uniforms: Tensor) -> Tensor:
     thresholds = (uniforms * cumulative[:, -1]).to(weights.dtype)
     tokens = torch.searchsorted(cumulative, thresholds[:, None], right=True)
     tokens.clamp_(max=weights.shape[1] - 1)
-    # Rounding may put a threshold past the last weight, or (a GPU sums in a tree) between two zeros.
+    # Rounding may put a threshold past the last weight or (a GPU sums in a tree) between two zeros.
     # A token of weight zero is forbidden, so such a row, one in millions, takes its likeliest.
     is_possible = weights.gather(1, tokens) > 0
     if not bool(is_possible.all()):
@@ -86,9 +86,9 @@ def apply_penalties(
     frequency: Tensor,
     repetition: Tensor,
 ) -> Tensor:
-    """Logits [S, V] after penalties [S], given how often each token was sampled ([S, V] integers) and
-    whether it is in the prompt ([S, V] bool). As OpenAI defines presence and frequency (outputs only)
-    and CTRL (Keskar et al., 2019) repetition (prompt too).
+    """Logits [S, V] after penalties [S], given how often each token was sampled ([S, V] integers)
+    and whether it is in the prompt ([S, V] bool). Presence and frequency are OpenAI's and look at
+    outputs only; repetition is CTRL's (Keskar et al., 2019) and looks at the prompt too.
     """
     was_sampled = output_counts > 0
     factor = torch.where(was_sampled | prompt_mask, repetition[:, None], 1.0)

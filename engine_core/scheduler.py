@@ -110,12 +110,12 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            # A chunk of prefill leaves a token of budget for every row behind it: no decode
-            # starves.
+            computed = request.num_computed_tokens
+            # A chunk of prefill leaves a token of budget for every row behind it: no decode starves.
             num_behind = len(self.running) - index - 1
-            num_missing = len(request.token_ids) - request.num_computed_tokens
-            num_new = min(num_missing, budget - num_behind)
-            if not self._grow(request, num_new, batch, now):
+            num_new = min(len(request.token_ids) - computed, budget - num_behind)
+            has_room = computed + num_new <= len(request.block_ids) * self.config.block_size
+            if not has_room and not self._grow(request, num_new, batch, now):
                 break
             budget -= num_new
             self._append_row(batch, requests, request, num_new)
@@ -156,11 +156,9 @@ class Scheduler:
         return -(-num_tokens // self.config.block_size)
 
     def _grow(self, request: Request, num_new: int, batch: StepBatch, now: float) -> bool:
-        """Give a running request blocks for its next tokens; False if it had to give up its own."""
+        """Give a running request the blocks it lacks; False if it had to give up its own."""
         num_tokens = request.num_computed_tokens + num_new
         num_missing = self._num_blocks_for(num_tokens) - len(request.block_ids)
-        if num_missing <= 0:
-            return True
         while num_missing > self.pool.num_available:
             victim = self.running.pop()
             self._preempt(victim, now)

@@ -43,6 +43,7 @@ def build_request(
     max_output_tokens = config.max_model_len - len(prompt)
     if sampling.max_tokens is not None:
         max_output_tokens = min(max_output_tokens, sampling.max_tokens)
+    eos_token_ids = set() if sampling.eos_token_id is None else {sampling.eos_token_id}
     return Request(
         request_id=message.request_id,
         client_index=client_index,
@@ -52,5 +53,5 @@ def build_request(
         max_output_tokens=max_output_tokens,
         order=(message.priority, arrival),
         cache_salt=message.cache_salt,
-        stop_token_ids=frozenset(sampling.stop_token_ids),
+        ending_token_ids=frozenset(sampling.stop_token_ids) | eos_token_ids,
     )

@@ -39,6 +39,8 @@ from frontend.sampling_params import SamplingParams
 from frontend.stream import RequestStream
 from frontend.supervisor import EngineSupervisor
 from frontend.tokenizer import Tokenizer
+from ipc import expect
+from ipc.errors import WireError
 from ipc.lifecycle import CAESURA_STATUS, EngineStatus
 from ipc.output import OutputError
 
@@ -161,8 +163,10 @@ class AsyncEngine:
             self._dispatcher.registry.register(entry)
             try:
                 send(token_ids)
-            except EngineDeadError:
+            except (EngineDeadError, ValueError) as error:
                 self._dispatcher.registry.remove(entry.internal_id, engine_runs_it=False)
+                if isinstance(error, ValueError):
+                    raise InvalidRequestError(str(error)) from error
                 raise
         else:
             assert prompt is not None
@@ -218,9 +222,13 @@ class AsyncEngine:
             raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids")
         return self.tokenizer
 
-    def _check_prompt(self, token_ids: Sequence[int]) -> None:
+    def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; it needs at least one token")
+        try:
+            expect.token_ids(token_ids, "prompt_token_ids")
+        except WireError as error:
+            raise InvalidRequestError(str(error)) from None
         if len(token_ids) >= self.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {len(token_ids)} tokens, but the model's context holds "

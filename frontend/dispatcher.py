@@ -121,7 +121,9 @@ class Dispatcher:
         for output in outputs.outputs:
             entry = self.registry.get(output.request_id)
             if entry is not None:
-                self._deliver(entry, output)
+                # An engine has a say in its own requests only.
+                if entry.engine_index == rank:
+                    self._deliver(entry, output)
             elif output.finish_reason is not None:
                 self.registry.claim_orphan(output.request_id)
         stats = outputs.scheduler_stats

@@ -28,7 +28,7 @@ from frontend.socket_reader import SocketReader
 from ipc import sockets
 from ipc.errors import WireError
 from ipc.handshake import Init, Registration, engine_identity
-from ipc.output import ENGINE_CORE_DEAD, EngineCoreOutputs, decode_outputs
+from ipc.output import EngineCoreOutputs, decode_outputs, is_dead
 from ipc.utility import UtilityCall, UtilityReply, encode_utility
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,8 @@ class EngineEvents(Protocol):
 class _Engine:
     identity: bytes
     reader: SocketReader
+    monitor: SocketReader
+    """Hears when the peer of this engine's endpoint goes away, as it does when its process dies."""
     address: str
     calls: dict[int, asyncio.Future[object]] = field(default_factory=dict)
     is_connected: bool = True
@@ -127,7 +129,12 @@ class EngineClient:
     def _open_engine(self, rank: int) -> _Engine:
         socket = sockets.bind_pull(self._context, self._address(f"output-{rank}"))
         reader = SocketReader(self._loop, socket, partial(self._on_output, rank))
-        return _Engine(engine_identity(rank), reader, sockets.bound_address(socket))
+        monitor = SocketReader(
+            self._loop,
+            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED),
+            lambda _: self._on_disconnected(rank),
+        )
+        return _Engine(engine_identity(rank), reader, monitor, sockets.bound_address(socket))
 
     def _init_for(self, rank: int) -> Init:
         return Init(
@@ -169,6 +176,7 @@ class EngineClient:
         engine = self._engines[rank]
         if engine.is_connected:
             engine.is_connected = False
+            engine.monitor.close()
             engine.reader.close()
             for future in list(engine.calls.values()):
                 if not future.done():
@@ -216,7 +224,7 @@ class EngineClient:
             self._all_up.set_result(None)
 
     def _on_output(self, rank: int, frames: list[bytes]) -> None:
-        if frames == [ENGINE_CORE_DEAD]:
+        if is_dead(frames):
             self._events.on_engine_dead(rank, f"engine {rank} reported a fatal error; see its log")
             return
         try:
@@ -228,6 +236,11 @@ class EngineClient:
             self._finish_call(rank, outputs.utility_output)
         if outputs.outputs or outputs.scheduler_stats is not None:
             self._events.on_outputs(rank, outputs)
+
+    def _on_disconnected(self, rank: int) -> None:
+        self._engines[rank].reader.read_all()  # What it said before it went still counts.
+        if self._engines[rank].is_connected:
+            self._events.on_engine_dead(rank, f"engine {rank} closed its connection")
 
     def _finish_call(self, rank: int, reply: UtilityReply) -> None:
         future = self._engines[rank].calls.get(reply.call_id)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from frontend.errors import EngineStartupError
+
 PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 """The directory that holds our packages."""
 _PACKAGES = ("engine_core", "ipc", "kernels")
 
 
 def check_packages_are_ours() -> None:
-    """Raise RuntimeError, naming the path, if one of our packages would be imported from somewhere
+    """Raise EngineStartupError, naming the path, if one of our packages would be imported from somewhere
     else.
     """
     for name in _PACKAGES:
@@ -25,7 +27,7 @@ def check_packages_are_ours() -> None:
             places = list(spec.submodule_search_locations or [spec.origin or "an unknown place"])
         if str(PACKAGE_ROOT / name) not in places:
             found = places[0] if places else "nowhere"
-            raise RuntimeError(
+            raise EngineStartupError(
                 f"Caesura's package {name!r} lies in {PACKAGE_ROOT}, but Python finds {found}; "
                 f"rename or uninstall what is there, or start from another directory"
             )

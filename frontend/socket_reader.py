@@ -46,13 +46,23 @@ class SocketReader:
             self._loop.remove_reader(self._fd)
             self._socket.close(linger=0)
 
+    def read_all(self) -> None:
+        """Deliver everything that has arrived, however much it is."""
+        while self._read_one():
+            pass
+
     def _drain(self) -> None:
         for _ in range(MESSAGES_PER_TURN):
-            if self._is_closed:
+            if not self._read_one():
                 return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_message(frames)
         self._loop.call_soon(self._drain)
+
+    def _read_one(self) -> bool:
+        if self._is_closed:
+            return False
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._on_message(frames)
+        return True

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from frontend.shadowing import PACKAGE_ROOT, check_packages_are_ours
-from ipc.engine_config import EngineConfig
+from ipc.engine_config import SETUP_ERROR_PREFIX, EngineConfig
 
 _NUM_KEPT_LINES = 20
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -70,7 +70,7 @@ class EngineSupervisor:
         self._engines: dict[int, _EngineProcess] = {}
 
     def start(self) -> None:
-        """Start all engines. Raises RuntimeError if foreign code shadows one of our packages."""
+        """Start all engines. Raises EngineStartupError if foreign code shadows one of our packages."""
         check_packages_are_ours()
         for rank in self._ranks:
             self.start_engine(rank)
@@ -108,12 +108,14 @@ class EngineSupervisor:
         return self._engines[rank].process.pid
 
     def describe_exit(self, rank: int, returncode: int) -> str:
-        """Say how an engine ended and what it last wrote: text for an error or a log line."""
+        """Say how an engine ended and why, as far as it told: text for an error or a log line."""
+        lines = self._engines[rank].last_lines
+        if lines and lines[-1].startswith(SETUP_ERROR_PREFIX):
+            return f"engine {rank} {lines[-1]}"
         if returncode < 0:
             how = f"was ended by signal {-returncode} ({signal.strsignal(-returncode)})"
         else:
             how = f"ended with exit status {returncode}"
-        lines = self._engines[rank].last_lines
         wrote = "; its last lines:\n  " + "\n  ".join(lines) if lines else " and wrote nothing"
         return f"engine {rank} {how}{wrote}"
 
@@ -155,6 +157,8 @@ def _relay_stderr(engine: _EngineProcess) -> None:
         for raw_line in stderr:
             line = raw_line.decode(errors="replace").rstrip()
             engine.last_lines.append(line)
+            if line.startswith(SETUP_ERROR_PREFIX):
+                continue  # `describe_exit` tells it, and once is enough.
             # Whatever became of our own stderr: an engine whose pipe nobody empties would stop at
             # its next line.
             with contextlib.suppress(OSError, ValueError):

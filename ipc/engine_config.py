@@ -16,6 +16,9 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RunnerKind = Literal["model", "fake"]
 
+SETUP_ERROR_PREFIX = "cannot start: "
+"""Begins the last line on stderr of an engine that cannot start as configured (exit status 2)."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),

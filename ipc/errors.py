@@ -35,7 +35,8 @@ _shortener = _Shortener()
 
 
 def shorten(value: object) -> str:
-    """A representation of at most 100 characters; never expensive, however large or deep `value` is."""
+    """A representation of at most 100 characters; never expensive, however large or deep `value`
+    is."""
     text = _shortener.repr(value)
     return text if len(text) <= 100 else text[:97] + "..."
 

@@ -131,8 +131,8 @@ class Init:
         )
         if not init.inputs or len(init.inputs) != len(init.outputs):
             raise WireError(
-                f"init.addresses: expected as many outputs as inputs and at least one, got {len(init.inputs)} inputs "
-                f"and {len(init.outputs)} outputs"
+                f"init.addresses: expected as many outputs as inputs and at least one, "
+                f"got {len(init.inputs)} inputs and {len(init.outputs)} outputs"
             )
         return init
 

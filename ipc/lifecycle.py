@@ -105,7 +105,8 @@ class EngineStatus:
     counters: dict[str, int] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {"integrity_errors": list(self.integrity_errors)}
 
     @classmethod
     def from_wire(cls, value: object, path: str = "engine_status") -> EngineStatus:
@@ -122,10 +123,7 @@ class EngineStatus:
                 expect.text, fields.get("weight_version"), f"{path}.weight_version"
             ),
             integrity_errors=tuple(
-                expect.texts(
-                    list(cast(list[str], fields.get("integrity_errors", []))),
-                    f"{path}.integrity_errors",
-                )
+                expect.texts(fields.get("integrity_errors", []), f"{path}.integrity_errors")
             ),
             counters={
                 expect.text(name, f"{path}.counters"): expect.integer(

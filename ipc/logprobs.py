@@ -60,8 +60,8 @@ def logprobs_from_wire(value: object, frames: Frames, path: str) -> LogprobsList
         or ranks.shape != token_ids.shape[:1]
     ):
         raise WireError(
-            f"{path}: expected shapes [p, k], [p, k] and [p], got {list(token_ids.shape)}, {list(logprobs.shape)} "
-            f"and {list(ranks.shape)}"
+            f"{path}: expected shapes [p, k], [p, k] and [p], got {list(token_ids.shape)}, "
+            f"{list(logprobs.shape)} and {list(ranks.shape)}"
         )
     if (
         token_ids.dtype.kind not in "iu"
@@ -69,6 +69,7 @@ def logprobs_from_wire(value: object, frames: Frames, path: str) -> LogprobsList
         or ranks.dtype.kind not in "iu"
     ):
         raise WireError(
-            f"{path}: expected integers, floats and integers, got {token_ids.dtype}, {logprobs.dtype} and {ranks.dtype}"
+            f"{path}: expected integers, floats and integers, got {token_ids.dtype}, "
+            f"{logprobs.dtype} and {ranks.dtype}"
         )
     return LogprobsLists(token_ids, logprobs, ranks)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from operator import itemgetter
 from typing import NamedTuple
 
 from ipc import expect
@@ -117,8 +116,6 @@ class EngineCoreOutputs:
 
 _STREAMING_TAIL = tuple(EngineCoreOutput("")[2:])
 _NUM_POSITIONS_OF_VLLM_032 = 18
-_get_head = itemgetter(slice(0, 2))
-_get_tail = itemgetter(slice(2, None))
 
 
 def is_dead(frames: Frames) -> bool:
@@ -131,11 +128,12 @@ def encode_outputs(outputs: EngineCoreOutputs, *, full: bool = False) -> list[by
     message no peer may get."""
     _refuse_fatal_shapes(outputs)
     aux: list[bytes] = []
-    rows: list[object]
-    if not full and all(map(_STREAMING_TAIL.__eq__, map(_get_tail, outputs.outputs))):
-        rows = list(map(_get_head, outputs.outputs))
-    else:
-        rows = [_row_to_wire(output, aux, full) for output in outputs.outputs]
+    rows = [
+        output[:2]
+        if not full and output[2:] == _STREAMING_TAIL
+        else _row_to_wire(output, aux, full)
+        for output in outputs.outputs
+    ]
     stats, reply = outputs.scheduler_stats, outputs.utility_output
     body: list[object] = [
         outputs.engine_index,

@@ -97,7 +97,8 @@ class SamplingParams:
             object.__setattr__(self, "skip_reading_prefix_cache", self.prompt_logprobs is not None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
-                f"min_tokens: {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it or raise max_tokens"
+                f"min_tokens: {self.min_tokens} exceeds max_tokens {self.max_tokens}; "
+                "lower it or raise max_tokens"
             )
         if self.stop and not self.detokenize:
             raise ValueError(

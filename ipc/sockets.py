@@ -42,7 +42,8 @@ def check_address(address: str) -> str:
         )
     if scheme == "ipc" and len(rest.encode()) > MAX_IPC_PATH_BYTES:
         raise ValueError(
-            f"address {address!r} has a path of more than {MAX_IPC_PATH_BYTES} bytes; set TMPDIR to a shorter directory"
+            f"address {address!r} has a path of more than {MAX_IPC_PATH_BYTES} bytes; "
+            "set TMPDIR to a shorter directory"
         )
     if scheme == "tcp":
         host, _, port = rest.rpartition(":")

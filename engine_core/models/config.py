@@ -93,7 +93,8 @@ def parse_model_config(raw: Mapping[str, Any]) -> ModelConfig:
     num_kv_heads = _integer(raw, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise ModelError(
-            f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}"
+            f"num_attention_heads={num_heads} is not a multiple of "
+            f"num_key_value_heads={num_kv_heads}"
         )
     hidden_size = _integer(raw, "hidden_size")
     is_qwen3 = architecture == "Qwen3ForCausalLM"
@@ -149,7 +150,8 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for kind in raw.get("layer_types") or ():
         if kind not in ("full_attention", "sliding_attention"):
             raise ModelError(
-                f"layer type {kind!r} is not supported; supported: full_attention, sliding_attention"
+                f"layer type {kind!r} is not supported; "
+                f"supported: full_attention, sliding_attention"
             )
 
 

@@ -130,8 +130,8 @@ class _Layer:
         """Causal attention of [T, H] over the cached contexts; -> [T, H]."""
         config = self._config
         heads = self._qkv(x).view(x.shape[0], -1, config.head_size)  # [T, Hq + 2 Hkv, D]
-        query, key, value = heads.split(
-            [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        query, key, value = torch.split(
+            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
         )
         if self._query_norm is not None and self._key_norm is not None:
             query = ops.rms_norm(query, self._query_norm, config.rms_norm_eps)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: their parameters in `config.json`, and the table of cosines and sines.
+"""Rotary position embeddings: their parameters in `config.json`, and the table of the angles.
 
 Invariants
 - Whatever a configuration says about its rotary embedding is either honoured or refused by name;
@@ -126,7 +126,7 @@ def context_limit(rope: RopeConfig, max_position_embeddings: int) -> int:
 def cos_sin_table(
     rope: RopeConfig, head_size: int, num_positions: int, device: torch.device
 ) -> Tensor:
-    """The table that the rotary kernel reads: [num_positions, head_size] float32, cosines | sines."""
+    """What the rotary kernel reads: [num_positions, head_size] float32, cosines | sines."""
     frequencies = _inverse_frequencies(rope, head_size)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     scale = 1.0

@@ -84,8 +84,8 @@ class Checkpoint:
         )
         if unexpected:
             raise ModelError(
-                f"the weights hold {len(unexpected)} tensors that config.json does not account for, "
-                f"such as {', '.join(unexpected[:3])}; is it the configuration of another model?"
+                f"the weights hold {len(unexpected)} tensors that config.json does not account "
+                f"for, such as {', '.join(unexpected[:3])}; is it another model's configuration?"
             )
 
     def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -98,7 +98,8 @@ class Checkpoint:
         tensor: Tensor = self._files[name].get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise ModelError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, but config.json implies {list(shape)}"
+                f"tensor {name!r} has shape {list(tensor.shape)}, "
+                f"but config.json implies {list(shape)}"
             )
         if tensor.dtype not in _FLOATING:
             raise ModelError(
@@ -117,7 +118,8 @@ def _open_files(directory: Path) -> dict[str, Any]:
             raise ModelError(f"{path} is missing; the download may be incomplete") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} is not a readable safetensors file: {error}") from None
-        files.update(dict.fromkeys(handle.keys(), handle))
+        names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
+        files.update(dict.fromkeys(names, handle))
     return files
 
 

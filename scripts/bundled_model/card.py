@@ -97,8 +97,8 @@ chat format. About 3 % of the texts, chosen by the hash of their content, are he
 everything: {figures.held_out_tokens} tokens, {figures.held_out_bytes} bytes.
 
 The text is under the PSF licence, version 2 (some modules carry notices of their own, all
-permissive); the weights, being derived from it, are given under the same licence.
-Copyright (c) 2001 Python Software Foundation; all rights reserved.
+permissive); the weights, being derived from it, are given under the same licence, which is in
+`LICENSE.txt`.
 
 ## Architecture
 

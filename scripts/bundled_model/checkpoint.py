@@ -40,6 +40,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def export_fixed_files(out: Path, shape: ModelShape, tokenizer: Tokenizer) -> None:
     """Write everything that does not change while training."""
+    write_atomically(out / "LICENSE.txt", corpus.licence_text().encode())
     _write_json(out / "config.json", shape.hf_config())
     write_atomically(out / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     _write_json(

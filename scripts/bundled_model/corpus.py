@@ -45,6 +45,12 @@ class Corpus:
     held_out: list[str]
 
 
+def licence_text() -> str:
+    """The licence that the corpus is under, to be kept with what is derived from it."""
+    path = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    return path.read_text(encoding="utf-8")
+
+
 def _texts() -> Iterator[str]:
     """Yield the standard library's documents in path order, the language reference as prose."""
     root = Path(sysconfig.get_paths()["stdlib"])

@@ -28,7 +28,8 @@ CONFIG = EngineConfig(
     max_num_seqs=16,
     max_num_batched_tokens=64,
     block_size=8,
-    num_gpu_blocks_override=96,
+    num_gpu_blocks_override=64,
+    fake_step_time_ms=0.2,
 )
 PREFIXES = [[11 * k + i for i in range(40)] for k in range(4)]
 """Prompts begin with one of these, so that they share blocks."""
@@ -90,7 +91,7 @@ class Account:
         request_id = f"r{len(self.requests)}"
         prefix = rng.choice(PREFIXES)[: rng.randint(1, 40)]
         prompt = prefix + [rng.randrange(32_000) for _ in range(rng.randint(0, 80))]
-        request = Request(prompt, max_tokens=rng.randint(1, 60))
+        request = Request(prompt, max_tokens=rng.randint(1, 120))
         self.requests[request_id] = self.live[request_id] = request
         await self._frontend.add(request_id, prompt, max_tokens=request.max_tokens)
 

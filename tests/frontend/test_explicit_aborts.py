@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from frontend.async_engine import AsyncEngine, RequestStream
-
+from frontend.async_engine import AsyncEngine
 from frontend.sampling_params import SamplingParams
+from frontend.stream import RequestStream
 from ipc.lifecycle import CAESURA_ABORT
 from ipc.output import FinishReason
 from tests.support.auto_answers import AutoAnswers

@@ -290,6 +290,7 @@ class MockEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
         self._readers.clear()
+        self._outputs.clear()
         self._context.destroy(linger=0)
 
     async def __aenter__(self) -> Self:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from frontend.async_engine import AsyncEngine
-
 from frontend.config import FrontendConfig
 from tests.support.mock_engine import MockEngine
 
@@ -30,13 +29,15 @@ def free_tcp_port() -> int:
         return port
 
 
-def mock_fleet_config(num_engines: int, **options: Any) -> FrontendConfig:
+def mock_fleet_config(
+    num_engines: int, *, startup_timeout_s: float = START_TIMEOUT_S, **options: Any
+) -> FrontendConfig:
     """A front end that waits for `num_engines` engines which others start."""
     return FrontendConfig(
         data_parallel_size=num_engines,
         data_parallel_size_local=0,
         data_parallel_rpc_port=free_tcp_port(),
-        startup_timeout_s=START_TIMEOUT_S,
+        startup_timeout_s=startup_timeout_s,
         **options,
     )
 
@@ -59,6 +60,8 @@ async def mock_fleet(
         yield frontend, engines
     finally:
         async with asyncio.timeout(START_TIMEOUT_S):
+            for engine in engines:
+                await engine.die()  # So that the front end need not wait for answers.
             await frontend.shutdown()
             for engine in engines:
                 await engine.vanish()

@@ -37,6 +37,7 @@ from ipc.abort import encode_abort
 from ipc.engine_config import EngineConfig
 from ipc.handshake import Hello, Init, Registration, decode_handshake, engine_identity, rank_of
 from ipc.lifecycle import CAESURA_STATUS, EngineStatus
+from ipc.logs import LEVEL_VARIABLE
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, decode_outputs, is_dead
 from ipc.request import EngineCoreRequest, SamplingParams, encode_add
 from ipc.sockets import bind_pull, bind_router, private_directory
@@ -96,7 +97,7 @@ class ScriptedFrontend:
         self.processes[rank] = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "engine_core", "--handshake", self.handshake_address),
             *("--rank", str(rank), "--local", "--die-with-stdin", "--config", config.to_json()),
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env={LEVEL_VARIABLE: "WARNING"} | os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdin=asyncio.subprocess.PIPE,
         )
 

@@ -1,0 +1,289 @@
+"""The engine for programs without an event loop: SGLang's method names, from any thread.
+
+    with Engine() as engine:
+        print(engine.generate("def ", {"max_new_tokens": 32})["text"])
+
+Invariants
+- Every method may be called from any number of threads at once.
+- Each thread that waits in `generate` returns: with its result, with what an abort or `shutdown`
+  left of it, or with an error.
+- Whoever gives up on a request (Ctrl-C, a cancelled task, a stream that is closed or forgotten)
+  ends it in the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from frontend.async_engine import AsyncEngine
+from frontend.config import FrontendConfig
+from frontend.errors import EngineDeadError
+from frontend.loop_thread import AsyncReader, BlockingReader, LoopThread
+from frontend.outputs import AbortReceipt, RequestOutput
+from frontend.sglang_arguments import EngineArguments, read_arguments
+from frontend.sglang_requests import GenerateCall, ResultBuilder, SamplingArgument, read_call
+from frontend.stream import RequestStream
+from frontend.tokenizer import Tokenizer
+from ipc.logs import LEVEL_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+Result = dict[str, Any]
+"""{"text": str, "output_ids": [int], "meta_info": {...}}; in a streamed batch also "index"."""
+Event = tuple[int, RequestOutput] | None
+"""(the prompt's place in its batch, what is new); the first event, None, says that all prompts were
+accepted."""
+
+
+class Engine:
+    """A running engine. It keeps a thread and processes until `shutdown` or the end of the
+    program."""
+
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        config: FrontendConfig | None = None,
+        **keywords: Any,
+    ) -> None:
+        """Start engine processes and return when they are ready.
+
+        Takes SGLang's keywords (`model_path` or `model`, `dp_size`, `context_length`, ...) or
+        Caesura's whole `config`. Without a model, the bundled one is served.
+
+        Raises TypeError for an unknown keyword, ValueError for a bad value, TokenizerError and
+        EngineStartupError.
+        """
+        if model_path is not None:
+            keywords["model_path"] = model_path
+        if config is None:
+            arguments = read_arguments(keywords)
+        elif keywords:
+            raise TypeError(f"give either config or keywords, not both: {', '.join(keywords)}")
+        else:
+            arguments = EngineArguments(config=config)
+        self._has_text = not arguments.skip_tokenizer_init
+        self._loop_thread = LoopThread("caesura-engine")
+        try:
+            with _log_level(arguments.log_level):
+                self._engine = self._loop_thread.run(AsyncEngine.start(arguments.config))
+        except BaseException:
+            self._loop_thread.stop()
+            raise
+        atexit.register(self.shutdown)
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: SamplingArgument | Sequence[SamplingArgument] = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        stream: bool = False,
+        rid: str | Sequence[str] | None = None,
+        return_logprob: bool | Sequence[bool] = False,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        priority: int | None = None,
+        **others: object,
+    ) -> Any:
+        """Generate from one prompt or a list of them, given as text or as token ids.
+
+        Returns one dictionary, or a list for a list of prompts: `text`, `output_ids` and
+        `meta_info` (`id`, `finish_reason`, `prompt_tokens`, `completion_tokens`, `cached_tokens`,
+        `e2e_latency` in seconds, and with `return_logprob` the log-probabilities). With
+        `stream=True` it returns an iterator whose dictionaries grow; those of a list carry `index`.
+
+        `sampling_params` are SGLang's dictionary or SamplingParams. A string as `rid` of a list
+        names all of it, its children being `rid_0`, `rid_1`, ... A higher `priority` runs first.
+
+        An aborted request is a result with `finish_reason["type"] == "abort"`. Raises
+        InvalidRequestError (a ValueError) or EngineDeadError; then nothing was accepted.
+        """
+        call = read_call(
+            prompt,
+            input_ids,
+            sampling_params,
+            return_logprob=return_logprob,
+            top_logprobs_num=top_logprobs_num,
+            rid=rid,
+            priority=priority,
+            others=others,
+        )
+        if stream:
+            reader: BlockingReader[Event] = BlockingReader(
+                self._loop_thread, partial(self._emit, call)
+            )
+            next(reader)
+            return self._stream(call, reader)
+        results = self._loop_thread.run(self._collect(call))
+        return results if call.is_batch else results[0]
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: SamplingArgument | Sequence[SamplingArgument] = None,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        stream: bool = False,
+        rid: str | Sequence[str] | None = None,
+        return_logprob: bool | Sequence[bool] = False,
+        top_logprobs_num: int | Sequence[int] | None = None,
+        priority: int | None = None,
+        **others: object,
+    ) -> Any:
+        """`generate` for a running event loop, whichever; with `stream=True` returns an async
+        iterator.
+        """
+        call = read_call(
+            prompt,
+            input_ids,
+            sampling_params,
+            return_logprob=return_logprob,
+            top_logprobs_num=top_logprobs_num,
+            rid=rid,
+            priority=priority,
+            others=others,
+        )
+        if stream:
+            reader: AsyncReader[Event] = AsyncReader(self._loop_thread, partial(self._emit, call))
+            await anext(reader)
+            return self._async_stream(call, reader)
+        results = await self._loop_thread.run_from_another_loop(self._collect(call))
+        return results if call.is_batch else results[0]
+
+    def abort_request(
+        self, rid: str | Sequence[str] = "", abort_all: bool = False, *, wait: bool = True
+    ) -> AbortReceipt | None:
+        """Abort the request or batch named `rid` (or several), or every request.
+
+        Returns after the effect, with a receipt; `wait=False` only sends it off, for callers that
+        must not block. With neither `rid` nor `abort_all` nothing happens, and None is returned.
+        """
+        if not rid and not abort_all:
+            logger.warning("abort_request needs a rid or abort_all=True; nothing was aborted")
+            return None
+        selected = None if abort_all else rid
+        return self._loop_thread.run(self._engine.abort(selected, abort_all=abort_all, wait=wait))
+
+    # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._engine.tokenizer
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether at least one engine can serve."""
+        return self._engine.is_healthy
+
+    def shutdown(self) -> None:
+        """End every request, with what it has, and the engine processes. Harmless to repeat."""
+        atexit.unregister(self.shutdown)
+        with contextlib.suppress(EngineDeadError):  # it was shut down before
+            self._loop_thread.run(self._engine.shutdown())
+        self._loop_thread.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.shutdown()
+
+    # -- on the engine's loop ------------------------------------------------------------------
+
+    def _accept(self, call: GenerateCall) -> list[RequestStream]:
+        """Accept all prompts of a call or none."""
+        streams: list[RequestStream] = []
+        try:
+            for request in call.requests:
+                streams.append(  # noqa: PERF401 (what was accepted must be known after an error)
+                    self._engine.generate(
+                        request.prompt,
+                        prompt_token_ids=request.prompt_token_ids,
+                        sampling_params=request.sampling_params,
+                        request_id=request.request_id,
+                        batch_id=call.batch_id,
+                        priority=request.priority,
+                    )
+                )
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    async def _collect(self, call: GenerateCall) -> list[Result]:
+        async def finish(index: int, stream: RequestStream) -> Result:
+            return self._builder(call, index).add(await stream.result())
+
+        streams = self._accept(call)
+        return await asyncio.gather(*(finish(*place) for place in enumerate(streams)))
+
+    async def _emit(self, call: GenerateCall, emit: Callable[[Event], object]) -> None:
+        async def forward(index: int, stream: RequestStream) -> None:
+            async for output in stream:
+                emit((index, output))
+
+        streams = self._accept(call)
+        emit(None)
+        await asyncio.gather(*(forward(*place) for place in enumerate(streams)))
+
+    # -- on the reader's side ------------------------------------------------------------------
+
+    def _builder(self, call: GenerateCall, index: int) -> ResultBuilder:
+        return ResultBuilder(call, index, has_text=self._has_text)
+
+    def _stream(self, call: GenerateCall, reader: BlockingReader[Event]) -> Iterator[Result]:
+        builders = [self._builder(call, index) for index in range(len(call.requests))]
+        for event in reader:
+            assert event is not None
+            yield _streamed(call, builders, event)
+
+    async def _async_stream(
+        self, call: GenerateCall, reader: AsyncReader[Event]
+    ) -> AsyncIterator[Result]:
+        builders = [self._builder(call, index) for index in range(len(call.requests))]
+        async for event in reader:
+            assert event is not None
+            yield _streamed(call, builders, event)
+
+
+def _streamed(
+    call: GenerateCall, builders: Sequence[ResultBuilder], event: tuple[int, RequestOutput]
+) -> Result:
+    index, output = event
+    result = builders[index].add(output)
+    return result | {"index": index} if call.is_batch else result
+
+
+@contextlib.contextmanager
+def _log_level(level: str | None) -> Iterator[None]:
+    """Give engines that start meanwhile a log level (SGLang's engine is quiet unless told), and
+    our own loggers, if one was asked for.
+    """
+    if level is not None:
+        for name in ("frontend", "ipc"):
+            logging.getLogger(name).setLevel(level)
+    before = os.environ.get(LEVEL_VARIABLE)
+    os.environ[LEVEL_VARIABLE] = level or before or "ERROR"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LEVEL_VARIABLE]
+        else:
+            os.environ[LEVEL_VARIABLE] = before

@@ -1,0 +1,347 @@
+"""Paged attention on the CPU: decode, prefill, and any mixture, with one kernel.
+
+A *tile* is a few consecutive query tokens of one row, with the G query heads that share one
+key/value head: M = tokens * G queries that all read the same pages. The tile goes through its
+row's pages in order, as online softmax (Milakov & Gimelshein, 2018) does, all in base 2:
+
+    s = q K^T * scale * log2(e)        [M, block_size]
+    m' = max(m, max(s))                running maximum
+    p = 2^(s - m')
+    l = l * 2^(m - m') + sum(p)        running denominator
+    acc = acc * 2^(m - m') + p V       [M, D]
+
+and ends with acc / l. Decode is the case of one token a tile. Every page is read once per
+key/value head, whatever G is, and nothing is gathered or copied.
+
+Work split: (tile, key/value head) pairs over threads, heads outermost, so that each thread gets
+some heads of every row and rows of different lengths do not unbalance it.
+
+What bounds it: for decode, reading 2 * length * Hkv * D * element bytes a row; for prefill, the
+4 * queries * length * Hq * D floating-point operations (half of that for a whole causal prompt).
+Pages lie anywhere in memory, where the hardware's prefetcher cannot follow, so the next page is
+prefetched by hand; that makes a decode step that reads from DRAM up to 2.5 times as fast.
+
+A result depends only on the query, its position and the pages' contents, bit for bit: not on what
+else is in the batch, on how the prompt is cut into chunks, or on the number of threads. Keys go
+in fours from the start of each page; past a tile's last key the four are filled up with that key
+again at weight zero, so no sum ever has another order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu_runtime import (
+    CACHE_LINE_BYTES,
+    runs_parallel,
+    element_of,
+    exp2,
+    jit,
+    narrow,
+    parallel_jit,
+    pointer,
+    prefetch,
+    widen,
+)
+
+LOG2_E = 1.4426950408889634
+QUERIES_PER_TILE = 16
+"""Queries (tokens * G) a tile aims at: enough to reuse a page from L1, few enough to stay there."""
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `kernels.ops.paged_decode_attention`."""
+    no_starts = 0
+    return _launch(
+        query, key_cache, value_cache, block_tables, context_lens, no_starts, scale, out
+    )
+
+
+def paged_prefill_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `kernels.ops.paged_prefill_attention`. `max_query_len` is not needed here."""
+    _require_int32(query_start_loc=query_start_loc)
+    starts = query_start_loc.data_ptr()
+    return _launch(query, key_cache, value_cache, block_tables, context_lens, starts, scale, out)
+
+
+def _launch(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    starts_address: int,
+    scale: float,
+    out: Tensor | None,
+) -> Tensor:
+    """Check what the compiled code relies on, and call it. starts_address 0: one query a row."""
+    _require_int32(block_tables=block_tables, context_lens=context_lens)
+    if not query.dtype == key_cache.dtype == value_cache.dtype:
+        raise TypeError(
+            f"query is {query.dtype}, the cache {key_cache.dtype} and {value_cache.dtype}: "
+            "allocate the cache in the model's dtype"
+        )
+    num_tokens, num_heads, head_size = query.shape
+    num_blocks, num_kv_heads, block_size, _ = key_cache.shape
+    if out is None:
+        out = torch.empty((num_tokens, num_heads, head_size), dtype=query.dtype)
+    group = num_heads // num_kv_heads
+    num_rows = len(context_lens)
+    tiles, num_keys = _cut(
+        starts_address,
+        context_lens.data_ptr(),
+        num_rows,
+        num_tokens,
+        max(1, QUERIES_PER_TILE // group),
+    )
+    parallel = runs_parallel(4 * num_keys * num_heads * head_size)
+    (_attend_parallel if parallel else _attend)(
+        element_of(query),
+        tiles,
+        group,
+        scale * LOG2_E,
+        query.data_ptr(),
+        query.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        num_tokens,
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        num_blocks,
+        num_kv_heads,
+        block_size,
+        head_size,
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        num_rows,
+    )
+    return out
+
+
+def _require_int32(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype is not torch.int32:
+            raise TypeError(f"{name} is {tensor.dtype}: make it torch.int32")
+
+
+@jit
+def _cut(starts_address: int, lens_address: int, num_rows: int, num_tokens: int, tile_size: int) -> Any:
+    """The rows cut into tiles, [n, 4] of (row, first token, token after the last, keys that the first sees),
+    and the number of (query token, key) pairs."""
+    lens = numba.carray(pointer(lens_address, np.int32(0)), (num_rows,))
+    starts = numba.carray(pointer(starts_address, np.int32(0)), (num_rows + 1,))
+    tiles = np.empty((num_tokens // tile_size + num_rows, 4), np.int64)
+    n = num_keys = 0
+    for row in range(num_rows):
+        start, end = row, row + 1
+        if starts_address != 0:
+            start, end = starts[row], starts[row + 1]
+        num_keys += (end - start) * lens[row]
+        for first in range(start, end, tile_size):
+            tiles[n, 0] = row
+            tiles[n, 1] = first
+            tiles[n, 2] = min(first + tile_size, end)
+            tiles[n, 3] = lens[row] - end + first + 1
+            n += 1
+    return tiles[:n], num_keys
+
+
+@jit
+def _attend(
+    element: Any,
+    tiles: Any,
+    group: int,
+    scale: float,
+    query_address: int,
+    query_stride: int,
+    out_address: int,
+    out_stride: int,
+    num_tokens: int,
+    key_address: int,
+    value_address: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    tables_address: int,
+    tables_stride: int,
+    num_rows: int,
+) -> None:
+    cache_shape = (num_blocks, num_kv_heads, block_size, head_size)
+    keys = numba.carray(pointer(key_address, element), cache_shape)
+    values = numba.carray(pointer(value_address, element), cache_shape)
+    query = numba.carray(pointer(query_address, element), (num_tokens, query_stride))
+    out = numba.carray(pointer(out_address, element), (num_tokens, out_stride))
+    tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
+    for pair in range(len(tiles) * num_kv_heads):
+        tile = tiles[pair % len(tiles)]
+        _attend_tile(query, tile, pair // len(tiles), group, keys, values, tables, np.float32(scale), out)
+
+
+@parallel_jit
+def _attend_parallel(
+    element: Any,
+    tiles: Any,
+    group: int,
+    scale: float,
+    query_address: int,
+    query_stride: int,
+    out_address: int,
+    out_stride: int,
+    num_tokens: int,
+    key_address: int,
+    value_address: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    tables_address: int,
+    tables_stride: int,
+    num_rows: int,
+) -> None:
+    cache_shape = (num_blocks, num_kv_heads, block_size, head_size)
+    keys = numba.carray(pointer(key_address, element), cache_shape)
+    values = numba.carray(pointer(value_address, element), cache_shape)
+    query = numba.carray(pointer(query_address, element), (num_tokens, query_stride))
+    out = numba.carray(pointer(out_address, element), (num_tokens, out_stride))
+    tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
+    for pair in numba.prange(len(tiles) * num_kv_heads):
+        tile = tiles[pair % len(tiles)]
+        _attend_tile(query, tile, pair // len(tiles), group, keys, values, tables, np.float32(scale), out)
+
+
+@jit
+def _attend_tile(
+    query: Any,
+    tile: Any,
+    kv_head: int,
+    group: int,
+    keys: Any,
+    values: Any,
+    tables: Any,
+    scale: Any,
+    out: Any,
+) -> None:
+    """Query tokens first .. after - 1 of one row with one key/value head.
+
+    query, out [T, stride]; token `first` sees the row's first `visible` keys, each next one more.
+    keys, values [num_blocks, Hkv, block_size, D]; table: the row's blocks.
+    """
+    row, first, after, visible = tile[0], tile[1], tile[2], tile[3]
+    table = tables[row]
+    block_size, head_size = keys.shape[2:]
+    tokens = after - first
+    queries = tokens * group
+    length = visible + tokens - 1
+    scaled = np.empty((queries, head_size), np.float32)
+    for token in range(tokens):
+        for g in range(group):
+            for d in range(head_size):
+                q = query[first + token, (kv_head * group + g) * head_size + d]
+                scaled[token * group + g, d] = widen(q) * scale
+    scores = np.empty((queries, (block_size + 3) // 4 * 4), np.float32)
+    highest = np.full(queries, -np.inf, np.float32)
+    total = np.zeros(queries, np.float32)
+    acc = np.zeros((queries, head_size), np.float32)
+
+    num_pages = (length + block_size - 1) // block_size
+    for page in range(num_pages):
+        num_keys = min(block_size, length - page * block_size)
+        block, next_block = table[page], table[min(page + 1, num_pages - 1)]
+        _score(scaled, keys[block, kv_head], num_keys, keys[next_block, kv_head], scores)
+        for token in range(tokens):
+            seen = max(0, min(num_keys, visible + token - page * block_size))
+            for m in range(token * group, (token + 1) * group):
+                _rescale(scores[m], seen, m, highest, total, acc[m])
+        _accumulate(scores, values[block, kv_head], num_keys, values[next_block, kv_head], acc)
+
+    for token in range(tokens):
+        for g in range(group):
+            m = token * group + g
+            inverse = np.float32(1) / total[m] if length > 0 else np.float32(0)
+            for d in range(head_size):
+                place = (kv_head * group + g) * head_size + d
+                out[first + token, place] = narrow(acc[m, d] * inverse, out[0, 0])
+
+
+@jit
+def _score(scaled: Any, keys: Any, num_keys: int, next_keys: Any, scores: Any) -> None:
+    """scores[m, t] = scaled[m] . keys[t] for t < num_keys, four keys at a time."""
+    queries, head_size = scaled.shape
+    line = CACHE_LINE_BYTES // keys.itemsize
+    last = num_keys - 1
+    for t in range(0, num_keys, 4):
+        k0, k1, k2, k3 = keys[t], keys[min(t + 1, last)], keys[min(t + 2, last)], keys[min(t + 3, last)]
+        for i in range(t, min(t + 4, next_keys.shape[0])):
+            for d in range(0, head_size, line):
+                prefetch(next_keys[i], d)
+        for m in range(queries):
+            s0 = s1 = s2 = s3 = np.float32(0)
+            for d in range(head_size):
+                q = scaled[m, d]
+                s0 += q * widen(k0[d])
+                s1 += q * widen(k1[d])
+                s2 += q * widen(k2[d])
+                s3 += q * widen(k3[d])
+            scores[m, t], scores[m, t + 1], scores[m, t + 2], scores[m, t + 3] = s0, s1, s2, s3
+
+
+@jit
+def _rescale(scores: Any, seen: int, m: int, highest: Any, total: Any, acc: Any) -> None:
+    """Turn one query's scores of a page into weights, zero past the `seen` ones it may look at."""
+    top = highest[m]
+    for t in range(seen):
+        top = max(top, scores[t])
+    if top > highest[m]:
+        shrink = exp2(highest[m] - top)
+        highest[m] = top
+        total[m] *= shrink
+        for d in range(acc.shape[0]):
+            acc[d] *= shrink
+    page_total = np.float32(0)
+    for t in range(seen):
+        weight = exp2(scores[t] - top)
+        scores[t] = weight
+        page_total += weight
+    scores[seen:] = 0
+    total[m] += page_total
+
+
+@jit
+def _accumulate(weights: Any, values: Any, num_keys: int, next_values: Any, acc: Any) -> None:
+    """acc[m] += sum over t of weights[m, t] * values[t], four values at a time."""
+    queries, head_size = acc.shape
+    line = CACHE_LINE_BYTES // values.itemsize
+    last = num_keys - 1
+    for t in range(0, num_keys, 4):
+        v0, v1, v2, v3 = values[t], values[min(t + 1, last)], values[min(t + 2, last)], values[min(t + 3, last)]
+        for i in range(t, min(t + 4, next_values.shape[0])):
+            for d in range(0, head_size, line):
+                prefetch(next_values[i], d)
+        for m in range(queries):
+            w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
+            for d in range(head_size):
+                acc[m, d] += w0 * widen(v0[d]) + w1 * widen(v1[d]) + w2 * widen(v2[d]) + w3 * widen(v3[d])
