@@ -9,28 +9,31 @@ from importlib.util import find_spec
 
 try:
     from frontend.shadowing import check_packages_are_ours
-except ImportError:
+
+    check_packages_are_ours()
+except ModuleNotFoundError:
     spec = find_spec("frontend")
     raise ImportError(
-        f"Caesura's package 'frontend' is shadowed by {spec and spec.origin}; rename it, or run from "
-        "another directory"
+        f"Caesura's package 'frontend' is shadowed by {spec and spec.origin}; rename it, or run "
+        "from another directory"
     ) from None
-check_packages_are_ours()
+except RuntimeError as error:
+    raise ImportError(str(error)) from None
 
-from frontend.async_engine import AsyncEngine  # noqa: E402 (after the check)
-from frontend.config import FrontendConfig  # noqa: E402
-from frontend.engine import Engine  # noqa: E402
-from frontend.errors import (  # noqa: E402
+from frontend.async_engine import AsyncEngine
+from frontend.config import FrontendConfig
+from frontend.engine import Engine
+from frontend.errors import (
     DuplicateRequestIdError,
     EngineDeadError,
     EngineStartupError,
     InvalidRequestError,
     PromptTooLongError,
 )
-from frontend.outputs import AbortReceipt, RequestOutput, RequestResult  # noqa: E402
-from frontend.sampling_params import SamplingParams  # noqa: E402
-from frontend.stream import RequestStream  # noqa: E402
-from ipc.engine_config import EngineConfig  # noqa: E402
+from frontend.outputs import AbortReceipt, RequestOutput, RequestResult
+from frontend.sampling_params import SamplingParams
+from frontend.stream import RequestStream
+from ipc.engine_config import EngineConfig
 
 __all__ = [
     "AbortReceipt",

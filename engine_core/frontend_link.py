@@ -27,9 +27,7 @@ class LinkError(Exception):
 
 
 class FrontendLink:
-    """One engine's connections to its front end, and to a coordinator if the front end names
-    one.
-    """
+    """One engine's connections: to its front end, and to a coordinator if that names one."""
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], address: str, rank: int, *, local: bool
@@ -49,9 +47,7 @@ class FrontendLink:
             raise LinkError(f"cannot dial the front end at {address!r}: {error}") from None
 
     def say_hello(self) -> Init:
-        """Announce this engine; returns the addresses to dial. Raises LinkError if nobody
-        answers.
-        """
+        """Announce this engine; returns the addresses to dial. Raises LinkError."""
         self._handshake.send(Hello(self._local, not self._local).encode())
         if not self._handshake.poll(int(INIT_TIMEOUT_S * 1000)):
             raise LinkError(

@@ -43,8 +43,8 @@ class InputThread:
         intake: Intake,
         coordinator: zmq.Socket[bytes] | None = None,
     ) -> None:
-        """Takes over the sockets. What a coordinator publishes (waves of mixture-of-experts models)
-        is discarded.
+        """Takes over the sockets. What a coordinator publishes is discarded: it concerns
+        mixture-of-experts models.
         """
         self._inputs = list(inputs)
         self._coordinator = coordinator
@@ -121,8 +121,9 @@ class OutputThread:
         intake: Intake,
         coordinator: zmq.Socket[bytes] | None = None,
     ) -> None:
-        """Takes over the sockets; client i listens behind `outputs[i]`. A coordinator gets a copy
-        of all statistics.
+        """Takes over the sockets; client i listens behind `outputs[i]`.
+
+        A coordinator gets a copy of all statistics.
         """
         self._outputs = list(outputs)
         self._coordinator = coordinator
@@ -139,9 +140,7 @@ class OutputThread:
         self._queue.put(outgoing)
 
     def finish(self, farewell: Farewell) -> None:
-        """Send what is queued, then the farewell, and close the sockets; returns when that is
-        done.
-        """
+        """Send what is queued and the farewell, and close the sockets; returns when all is done."""
         self._queue.put(farewell)
         self._thread.join()
 

@@ -17,9 +17,7 @@ from collections.abc import Callable
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 1.0
-"""How long the engine may take to end its requests once its launcher is gone; then it is ended
-without asking.
-"""
+"""How long the engine may take to end its requests once its launcher is gone."""
 
 
 def end_with_launcher(request_shutdown: Callable[[], None]) -> None:

@@ -1,6 +1,4 @@
-"""From a configuration to a core that can step: chooses the runner and resolves what the
-configuration leaves open.
-"""
+"""From a configuration to a core that can step."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ _FAKE_NUM_BLOCKS = 1024
 
 
 def load_core(config: EngineConfig, *, rank: int, num_local_engines: int) -> tuple[EngineCore, str]:
-    """Load the model. Returns the core and the name of its dtype.
+    """Load the model, or make the fake one. Returns the core and the name of its dtype.
 
     Raises ValueError or OSError, in one line that names the value and the remedy, for what the user
     can mend.

@@ -53,8 +53,9 @@ class SetupError(Exception):
 
 
 def run_engine(options: EngineOptions) -> int:
-    """Run one engine until it is told to end. Returns the exit status; raises SetupError before it
-    serves.
+    """Run one engine until it is told to end; returns the exit status.
+
+    Raises SetupError if it cannot begin to serve.
     """
     intake = Intake()
     if options.die_with_stdin:

@@ -42,11 +42,14 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def pick_tokens(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a token of each row by inverting its cumulative weights: [S, V], [S] -> [S] int64."""
     cumulative = weights.cumsum(dim=-1)
-    thresholds = (uniforms * cumulative[:, -1]).to(weights.dtype)
+    totals = cumulative[:, -1]
+    thresholds = (uniforms * totals).to(weights.dtype)
+    # Rounding must not lift a threshold to the total, behind which there is no token.
+    thresholds = thresholds.minimum(totals.nextafter(torch.zeros_like(totals)))
     tokens = torch.searchsorted(cumulative, thresholds[:, None], right=True)
     tokens.clamp_(max=weights.shape[1] - 1)
-    # Rounding may put a threshold past the last weight or (a GPU sums in a tree) between two zeros.
-    # A token of weight zero is forbidden, so such a row, one in millions, takes its likeliest.
+    # A GPU sums in a tree, so the sums may rise by an ulp at a token of weight zero. Such a token is
+    # forbidden; a row that hits one, one in millions, takes its likeliest token instead.
     is_possible = weights.gather(1, tokens) > 0
     if not bool(is_possible.all()):
         tokens = torch.where(is_possible, tokens, weights.argmax(dim=-1, keepdim=True))

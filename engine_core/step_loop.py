@@ -54,8 +54,9 @@ class StepLoop:
             pass
 
     def turn(self) -> bool:
-        """One boundary and one step; waits for input first if there is nothing to compute. True: it
-        was the last.
+        """One boundary and one step; returns whether it was the last.
+
+        With nothing to compute it waits for input first, for a bounded time.
         """
         items = self._intake.drain(wait_s=0.0 if self._core.has_work else _IDLE_WAIT_S)
         inputs: list[tuple[int, Input]] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -26,20 +27,26 @@ _INTERRUPTED_STATUS = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: the process's own). Returns the exit status."""
     parser = _make_parser()
-    parsed = vars(parser.parse_args(arguments))
+    flags = vars(parser.parse_args(arguments))
+    flags.setdefault("model", str(BUNDLED_MODEL_DIRECTORY))
     try:
-        config = _make(FrontendConfig, parsed, engine=_make(EngineConfig, parsed))
-        http = _make(HttpConfig, parsed)
-        configure_logging("launcher" if parsed["headless"] else "frontend")
+        engine = EngineConfig(**_fields_of(EngineConfig, flags))
+        config = FrontendConfig(engine=engine, **_fields_of(FrontendConfig, flags))
+        http = HttpConfig(**_fields_of(HttpConfig, flags))
+        configure_logging("launcher" if "headless" in flags else "frontend")
     except ValueError as error:
-        parser.error(str(error))
+        return _fail(error, status=2)
     try:
-        return _run_headless(config) if parsed["headless"] else _run_server(config, http)
+        return _run_headless(config) if "headless" in flags else _run_server(config, http)
     except (EngineStartupError, OSError, ValueError) as error:
-        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
-        return 1
+        return _fail(error, status=1)
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
+
+
+def _fail(error: Exception, *, status: int) -> int:
+    print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+    return status
 
 
 def _run_server(config: FrontendConfig, http: HttpConfig) -> int:
@@ -64,9 +71,10 @@ def _run_headless(config: FrontendConfig) -> int:
     )
 
 
-def _make[T](kind: type[T], parsed: dict[str, Any], **others: object) -> T:
-    """A configuration of `kind` from the flags that were given; the others keep its defaults."""
-    return None
+def _fields_of(kind: type, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given and that `kind` has fields for; the rest keeps its defaults."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in flags.items() if name in names}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,12 +85,83 @@ class _Parser(argparse.ArgumentParser):
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=_PROGRAM, description="An LLM serving engine.")
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
         description="Serve a model over HTTP, with OpenAI's API.",
-        # A flag that is not given leaves its configuration's default alone.
+        # A flag that is not given leaves the default to its configuration.
         argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    serve.add_argument(
+        "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
+    )
+    _add_http_flags(serve.add_argument_group("HTTP server"))
+    _add_engine_flags(serve.add_argument_group("each engine"))
+    _add_deployment_flags(serve.add_argument_group("several engines"))
+    return parser
+
+
+def _add_http_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    group.add_argument("--port", type=int, help="port to listen on, 0 for any (default 8000)")
+    group.add_argument("--uds", metavar="PATH", help="listen on a Unix socket instead")
+    group.add_argument("--api-key", metavar="KEY", help="demand this key of requests under /v1")
+    group.add_argument(
+        "--served-model-name", metavar="NAME", help="the model's name in the API (default MODEL)"
+    )
+    group.add_argument(
+        "--stream-interval", type=int, metavar="N", help="tokens per delivery (default 1)"
+    )
+
+
+def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", help="auto, cpu or cuda (default auto)")
+    group.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
+    for flag, what in (
+        ("--max-model-len", "longest prompt plus output, in tokens (default: the model's)"),
+        ("--max-num-seqs", "sequences running at once (default 256)"),
+        ("--max-num-batched-tokens", "tokens of one step (default 2048)"),
+        ("--block-size", "tokens of a KV block (default 32)"),
+        ("--kv-cache-memory-bytes", "size of the KV cache (default: from the free memory)"),
+        ("--num-gpu-blocks-override", "exact number of KV blocks, on any device"),
+        ("--num-threads", "compute threads on a CPU (default: the cores, shared out)"),
+        ("--seed", "seed for requests that bring none (default 0)"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=what)
+    group.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="reuse the KV of common prefixes (default on)",
+    )
+    group.add_argument("--runner", help="model, or fake for load tests without one (default model)")
+    group.add_argument(
+        "--fake-step-time-ms", type=float, metavar="MS", help="duration of a fake step (default 0)"
+    )
+
+
+def _add_deployment_flags(group: argparse._ArgumentGroup) -> None:
+    for flag, what in (
+        ("--data-parallel-size", "engines in all (default 1)"),
+        ("--data-parallel-size-local", "engines that are started here (default: all)"),
+        ("--data-parallel-start-rank", "rank of the first one started here (default 0)"),
+        ("--data-parallel-rpc-port", "port of the handshake with engines (default 29550)"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=what)
+    group.add_argument(
+        "--data-parallel-address", metavar="HOST", help="its host (default 127.0.0.1)"
+    )
+    group.add_argument(
+        "--headless", action="store_true", help="start engines only; they dial that host and port"
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("caesura")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,9 +26,7 @@ class FrontendConfig:
     )
     """Handed to each engine this front end starts; its `model` also names the tokenizer."""
     served_model_name: str = ""
-    """The `model` of API requests; empty takes `engine.model`, or `caesura-bundled` for the bundled
-    model.
-    """
+    """The `model` of API requests; empty takes `engine.model`, for the bundled one its name."""
     data_parallel_size: int = 1
     """Engines in all."""
     data_parallel_size_local: int | None = None

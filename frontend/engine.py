@@ -32,6 +32,7 @@ from frontend.sglang_arguments import EngineArguments, read_arguments
 from frontend.sglang_requests import GenerateCall, ResultBuilder, SamplingArgument, read_call
 from frontend.stream import RequestStream
 from frontend.tokenizer import Tokenizer
+from ipc.lifecycle import EngineStatus
 from ipc.logs import LEVEL_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Engine:
         except BaseException:
             self._loop_thread.stop()
             raise
-        atexit.register(self.shutdown)
+        atexit.register(self._shut_down_at_exit)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -185,12 +186,25 @@ class Engine:
         """Whether at least one engine can serve."""
         return self._engine.is_healthy
 
+    def status(self) -> dict[int, EngineStatus]:
+        """What each living engine says of itself, its books checked."""
+        return self._loop_thread.run(self._engine.status())
+
     def shutdown(self) -> None:
         """End every request, with what it has, and the engine processes. Harmless to repeat."""
-        atexit.unregister(self.shutdown)
-        with contextlib.suppress(EngineDeadError):  # it was shut down before
+        atexit.unregister(self._shut_down_at_exit)
+        try:
             self._loop_thread.run(self._engine.shutdown())
-        self._loop_thread.stop()
+        except EngineDeadError:
+            pass  # it was shut down before
+        finally:
+            self._loop_thread.stop()
+
+    def _shut_down_at_exit(self) -> None:
+        # Python has closed its thread pools by now, where the end of the processes is waited for.
+        # They end with this process.
+        with contextlib.suppress(RuntimeError):
+            self.shutdown()
 
     def __enter__(self) -> Self:
         return self

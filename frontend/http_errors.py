@@ -1,4 +1,4 @@
-"""Errors as API clients see them: OpenAI's shape, an HTTP status, and what they mean for a retry."""
+"""Errors as API clients see them: OpenAI's shape, and the HTTP status."""
 
 from __future__ import annotations
 

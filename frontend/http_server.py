@@ -143,7 +143,9 @@ class Answer:
 
     def __init__(self, send: Send, header_id: str | None) -> None:
         self._send = send
-        self._headers = [] if header_id is None else [(b"x-request-id", header_id.encode("latin-1"))]
+        self._headers = (
+            [] if header_id is None else [(b"x-request-id", header_id.encode("latin-1"))]
+        )
 
     async def send_json(self, body: bytes) -> None:
         """The whole answer."""
@@ -209,7 +211,9 @@ class RequireKey:
         if scope["type"] == "http" and scope["path"].startswith("/v1"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):
-                error = ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
+                error = ApiError(
+                    401, "the API key is missing or wrong; send Authorization: Bearer KEY"
+                )
                 await error.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The life of the serving process: take the port, start the engines, serve, end everything in order.
+"""The life of the serving process: take the port, start the engines, serve, end all in order.
 
 Invariants
 - The port is taken before the engines start, so that a port in use is told at once.
@@ -17,6 +17,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -38,7 +39,8 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
     with _listener(http) as listener:
         stop = _stop_on_signals()
         starting = asyncio.create_task(AsyncEngine.start(config))
-        await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+        events: set[asyncio.Future[Any]] = {starting, stop}
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if stop.done():
             starting.cancel()
         try:

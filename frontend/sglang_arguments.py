@@ -7,6 +7,7 @@ not do, and is refused unless it says so.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping
@@ -107,6 +108,9 @@ def read_arguments(keywords: Mapping[str, Any]) -> EngineArguments:
         logger.warning("ignored, for they have no meaning in Caesura: %s", ", ".join(ignored))
 
     engine = EngineConfig(model=_model(given), **_engine_fields(given))
+    if "max_total_tokens" in given:
+        num_blocks = max(1, given["max_total_tokens"] // engine.block_size)
+        engine = dataclasses.replace(engine, num_gpu_blocks_override=num_blocks)
     return EngineArguments(
         config=FrontendConfig(
             engine=engine,
@@ -135,7 +139,7 @@ def _model(given: Mapping[str, Any]) -> str:
     model = named.pop() if named else str(BUNDLED_MODEL_DIRECTORY)
     if (tokenizer := given.get("tokenizer_path", model)) != model:
         raise ValueError(
-            f"tokenizer_path={tokenizer!r} differs from the model {model!r}, which is not supported; "
+            f"tokenizer_path={tokenizer!r} is not the model {model!r}, which is not supported; "
             "put the tokenizer's files into the model's directory"
         )
     return model
@@ -150,9 +154,6 @@ def _engine_fields(given: Mapping[str, Any]) -> dict[str, Any]:
             "chunked_prefill_size=-1 would switch chunked prefill off, which is not supported; "
             "leave it out or set a number of tokens"
         )
-    if "max_total_tokens" in given:
-        block_size = fields.get("block_size", EngineConfig.block_size)
-        fields["num_gpu_blocks_override"] = max(1, given["max_total_tokens"] // block_size)
     if "disable_radix_cache" in given:
         fields["enable_prefix_caching"] = not given["disable_radix_cache"]
     return fields

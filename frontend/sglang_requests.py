@@ -115,7 +115,8 @@ def _one_each(name: str, value: Any, num: int) -> list[Any]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != num:
             raise InvalidRequestError(
-                f"{name} has {len(value)} entries for {num} prompts; give one a prompt, or one for all"
+                f"{name} has {len(value)} entries for {num} prompts; "
+                "give one for each, or a single one for all"
             )
         return list(value)
     return [value] * num

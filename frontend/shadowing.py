@@ -17,9 +17,7 @@ _PACKAGES = ("engine_core", "ipc", "kernels")
 
 
 def check_packages_are_ours() -> None:
-    """Raise EngineStartupError, naming the path, if one of our packages would be imported from somewhere
-    else.
-    """
+    """Raise EngineStartupError, naming the path, if foreign code stands in for ours."""
     for name in _PACKAGES:
         spec = importlib.util.find_spec(name)
         places: list[str] = []

@@ -44,9 +44,7 @@ class _EngineProcess:
 
 
 class EngineSupervisor:
-    """The engine processes of one launcher, by rank. Blocking calls, but for `terminate` all of
-    them short.
-    """
+    """The engine processes of one launcher, by rank. Of its calls only `terminate` waits."""
 
     def __init__(
         self,
@@ -58,9 +56,7 @@ class EngineSupervisor:
         data_parallel_size: int | None = None,
         on_exit: ExitCallback,
     ) -> None:
-        """`local` tells the front end whether it started these engines itself (see the wire's
-        HELLO).
-        """
+        """`local`: the front end at `handshake_address` is this very process."""
         self._config = config
         self._handshake_address = handshake_address
         self._ranks = tuple(ranks)
@@ -70,7 +66,7 @@ class EngineSupervisor:
         self._engines: dict[int, _EngineProcess] = {}
 
     def start(self) -> None:
-        """Start all engines. Raises EngineStartupError if foreign code shadows one of our packages."""
+        """Start all engines. Raises EngineStartupError if foreign code shadows ours."""
         check_packages_are_ours()
         for rank in self._ranks:
             self.start_engine(rank)
@@ -120,9 +116,7 @@ class EngineSupervisor:
         return f"engine {rank} {how}{wrote}"
 
     def terminate(self, *, grace_s: float = 5.0) -> None:
-        """Ask all engines to end and wait for them; kill those that have not ended after
-        `grace_s`.
-        """
+        """Ask all engines to end and wait for them, at most `grace_s`; then kill the rest."""
         self._send_signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         for engine in self._engines.values():

@@ -188,7 +188,7 @@ def test_bfloat16_logprobs_are_near_those_of_float32(tmp_path: Path) -> None:
 
 
 def whole_vocabulary_logprobs(runner: ModelRunner) -> tuple[list[int], np.ndarray[Any, Any]]:
-    """Some 50 tokens, and the runner's log-probabilities [15, V] behind the last 15, in id order."""
+    """Some 50 tokens, and the log-probabilities [15, V] behind the last 15, in id order."""
     runs = batching(runner)
     sequence = runs.join(make_prompt(35), SamplingParams(temperature=0.0, logprobs=-1))
     runs.run(15, max_chunk=16)

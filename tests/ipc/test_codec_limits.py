@@ -81,7 +81,7 @@ def test_a_payload_over_the_size_limit_is_refused_unread(monkeypatch: pytest.Mon
     with pytest.raises(WireError, match="11 bytes exceed the limit of 10"):
         unpack(bytes([0xAA]) + b"1234567890")
     with pytest.raises(WireError, match="16 bytes exceed"):
-        unpack(memoryview(bytes(16)).cast("d"))
+        unpack(memoryview(bytes(16)).cast("H"))
 
 
 def test_a_small_frame_cannot_claim_much_memory() -> None:

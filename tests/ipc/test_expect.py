@@ -76,6 +76,7 @@ def test_a_short_array_is_refused_and_a_long_one_is_not() -> None:
 def test_only_nil_passes_an_optional_check() -> None:
     assert expect.optional(expect.text, None, "field") is None
     assert expect.nullable(expect.text)(None, "field") is None
-    for absent in (False, 0, [], {}):
+    no_nil: list[object] = [False, 0, [], {}]
+    for absent in no_nil:
         with pytest.raises(WireError):
             expect.optional(expect.text, absent, "field")

@@ -77,10 +77,13 @@ def test_golden_sampling_params_are_written_as_they_were_read(name: str) -> None
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_golden_input_is_written_as_it_was_read(name: str) -> None:
-    (payload,) = WHOLE_GOLDEN[name]
+    frames = input_frames(name)
+    assert encode_input(decode_input(frames)) == frames
+
+
+def input_frames(name: str) -> list[bytes]:
     kind = {"ADD": b"\x00", "ABORT": b"\x01", "UTIL": b"\x03"}[name.split()[0]]
-    message = decode_input([kind, payload])
-    assert encode_input(message) == [kind, payload]
+    return [kind, *WHOLE_GOLDEN[name]]
 
 
 def encode_input(message: EngineCoreRequest | Abort | UtilityCall) -> list[bytes]:
@@ -146,7 +149,9 @@ MEANINGS: dict[str, Callable[[], object]] = {
         max_loras=0,
     ),
     "SP default": SamplingParams,
-    "SP custom": lambda: SamplingParams(temperature=0, stop="\n", ignore_eos=True, max_tokens=32),
+    "SP custom": lambda: SamplingParams(
+        temperature=0, stop=("\n",), ignore_eos=True, max_tokens=32
+    ),
     "SP rich": lambda: SamplingParams(
         n=2,
         presence_penalty=0.1,
@@ -280,9 +285,7 @@ def decode_golden(name: str) -> object:
     if name in SAMPLING:
         return SamplingParams.from_wire(unpack(frames[0]))
     if name in INPUTS:
-        return decode_input(
-            [{"A": b"\x00", "U": b"\x03"}[name[0]] if name != "ABORT" else b"\x01", *frames]
-        )
+        return decode_input(input_frames(name))
     return decode_outputs(frames)
 
 

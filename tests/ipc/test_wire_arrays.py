@@ -40,12 +40,10 @@ def test_an_array_that_is_not_contiguous_is_written_in_order() -> None:
     assert np.array_equal(decode_array(encode_array(array, aux), [b""], "array"), array)
 
 
-@pytest.mark.parametrize(
-    "array", [np.array(["a"]), np.array([None]), np.zeros(1, ">i4"), 1j * np.ones(1)]
-)
-def test_other_dtypes_are_not_written(array: np.ndarray) -> None:  # type: ignore[type-arg]
+@pytest.mark.parametrize("dtype", ["<U1", "O", ">i4", "<c8", "<M8[s]"])
+def test_other_dtypes_are_not_written(dtype: str) -> None:
     with pytest.raises(WireError, match="cannot cross the wire"):
-        encode_array(array, [])
+        encode_array(np.zeros(1, dtype), [])
 
 
 FOUR = msgpack.ExtType(3, bytes(4))

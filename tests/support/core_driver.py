@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
 from engine_core.core import EngineCore, Input
 from engine_core.fake_runner import FakeRunner
@@ -25,9 +26,12 @@ MAX_STEPS = 10_000
 
 
 class CoreDriver:
-    """One core with a fake runner, and everything it has said so far."""
+    """One core, and everything it has said so far."""
 
-    def __init__(self, *, num_blocks: int = 64, **limits: Any) -> None:
+    def __init__(
+        self, *, num_blocks: int = 64, runner: ModelRunner | None = None, **limits: Any
+    ) -> None:
+        """With the fake runner unless another one is given."""
         config = {
             "max_model_len": 256,
             "max_num_seqs": 8,
@@ -35,13 +39,13 @@ class CoreDriver:
             "block_size": 4,
         } | limits
         self.config = SchedulerConfig(**config)
-        runner = FakeRunner(
+        fake = FakeRunner(
             num_blocks=num_blocks,
             block_size=self.config.block_size,
             max_num_seqs=self.config.max_num_seqs,
             max_model_len=self.config.max_model_len,
         )
-        self.core = EngineCore(self.config, runner)
+        self.core = EngineCore(self.config, runner or fake)
         self.now = 0.0
         self.frames: list[Outgoing] = []
         self.outputs: defaultdict[str, list[EngineCoreOutput]] = defaultdict(list)

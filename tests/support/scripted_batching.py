@@ -1,4 +1,4 @@
-"""Drives a model runner with no scheduler: the test says who joins, who leaves and how long chunks are.
+"""Drives a model runner with no scheduler: a test says who joins, who leaves, and in what chunks.
 
 Blocks are dealt out in random order, so that a table used wrongly shows.
 """

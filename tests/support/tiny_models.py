@@ -1,7 +1,7 @@
 """Tiny random models in Hugging Face's layout, and what transformers says they answer.
 
-Every weight is random, norms and biases included (transformers would start them at one and zero, where
-forgetting one does not show), and wide enough that logits differ clearly.
+Every weight is random, norms and biases included: transformers would start them at one and zero,
+where forgetting one does not show.
 """
 
 from __future__ import annotations

@@ -1,0 +1,304 @@
+"""Every sampling feature against a slow reference: alone, mixed, and over a sequence's steps."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine_core.batch import JoinedSequence
+from engine_core.sampler import Sampler
+from engine_core.sampling_ops import uniform_draws
+from ipc.output import LogprobsLists
+from ipc.request import SamplingParams
+from tests.support.slow_sampler import chi_square_limit, edited_logits, pick, probabilities
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def make_logits(rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
+
+
+def join(
+    sampler: Sampler,
+    slot: int,
+    params: SamplingParams,
+    prompt: Sequence[int] = (0,),
+    outputs: Sequence[int] = (),
+) -> None:
+    sampler.join(
+        JoinedSequence(
+            slot=slot,
+            token_ids=[*prompt, *outputs],
+            num_prompt_tokens=len(prompt),
+            block_ids=[],
+            sampling=params,
+        )
+    )
+
+
+def sample(
+    sampler: Sampler, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
+) -> tuple[list[int], dict[int, LogprobsLists]]:
+    """Sample from a copy of the logits."""
+    tokens, logprobs = sampler.sample(logits.clone(), np.array(slots), np.array(positions))
+    return tokens.tolist(), logprobs
+
+
+def draw_counts(logits: torch.Tensor, params: SamplingParams, num_draws: int) -> NDArray[np.int64]:
+    """How often each token of one row of logits is drawn, at `num_draws` positions of one seed."""
+    sampler = Sampler(num_draws, logits.shape[1], CPU, seed=0)
+    for slot in range(num_draws):
+        join(sampler, slot, params)
+    rows = logits.expand(num_draws, -1)
+    tokens, _ = sample(sampler, rows, range(num_draws), range(1, num_draws + 1))
+    return np.bincount(tokens, minlength=logits.shape[1])
+
+
+DISTRIBUTIONS = {
+    "temperature 1": SamplingParams(),
+    "temperature 0.5": SamplingParams(temperature=0.5),
+    "temperature 3": SamplingParams(temperature=3.0),
+    "top-k 1": SamplingParams(top_k=1),
+    "top-k 7": SamplingParams(top_k=7),
+    "top-k beyond the vocabulary": SamplingParams(top_k=10**15),
+    "top-k -1 is all": SamplingParams(top_k=-1),
+    "top-p 0.5": SamplingParams(top_p=0.5),
+    "top-p 0.97, hot": SamplingParams(top_p=0.97, temperature=5.0),
+    "top-p almost 0": SamplingParams(top_p=1e-6),
+    "min-p 0.2": SamplingParams(min_p=0.2),
+    "min-p 1": SamplingParams(min_p=1.0),
+    "all truncations": SamplingParams(temperature=2.0, min_p=0.05, top_k=12, top_p=0.8),
+    "logit bias": SamplingParams(logit_bias={3: 4.0, 5: -100.0}),
+    "allowed tokens": SamplingParams(allowed_token_ids=(1, 2, 30), temperature=1.5),
+}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_draws_follow_the_distribution(name: str, seed: int) -> None:
+    params = DISTRIBUTIONS[name]
+    values = {slot: getattr(params, slot) for slot in params.__slots__} | {"seed": seed}
+    num_draws, logits = 3000, make_logits(1, 40)
+    counts = draw_counts(logits, SamplingParams(**values), num_draws)
+    expected = np.array(probabilities(edited_logits(logits[0].tolist(), params), params))
+    assert counts[expected == 0].sum() == 0, "a token was drawn that is left out"
+    expected *= num_draws
+    rare = (expected < 5) & (expected > 0)  # pooled, for chi-square needs a handful of each
+    cells = [(counts[i], expected[i]) for i in range(40) if expected[i] > 0 and not rare[i]]
+    if rare.any():
+        cells.append((counts[rare].sum(), expected[rare].sum()))
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
+    assert statistic < chi_square_limit(len(cells) - 1) if len(cells) > 1 else statistic < 1e-9
+
+
+def random_params(choose: random.Random, vocab_size: int) -> SamplingParams:
+    def maybe(value: Any, default: Any) -> Any:
+        return value if choose.random() < 0.4 else default
+
+    tokens = range(vocab_size)
+    return SamplingParams(
+        temperature=maybe(0.0, choose.uniform(0.3, 2.0)),
+        top_k=maybe(choose.randrange(1, 60), 0),
+        top_p=maybe(choose.uniform(0.1, 1.0), 1.0),
+        min_p=maybe(choose.uniform(0.0, 0.3), 0.0),
+        presence_penalty=maybe(choose.uniform(-2, 2), 0.0),
+        frequency_penalty=maybe(choose.uniform(-2, 2), 0.0),
+        repetition_penalty=maybe(choose.uniform(0.5, 2.0), 1.0),
+        seed=choose.randrange(-5, 2**63),
+        logit_bias=maybe({choose.choice(tokens): choose.uniform(-5, 5) for _ in range(4)}, None),
+        allowed_token_ids=maybe(tuple(choose.sample(tokens, 20)), None),
+        min_tokens=maybe(choose.randrange(1, 8), 0),
+        max_tokens=None,
+        all_stop_token_ids=frozenset(choose.sample(tokens, 5)),
+        logprobs=maybe(choose.randrange(0, 5), None),
+    )
+
+
+def test_random_mixtures_of_features_match_the_reference_over_many_steps() -> None:
+    """40 sequences of random parameters; some are preempted and rejoin in another slot."""
+    vocab_size, num_slots, choose = 64, 40, random.Random(5)
+    sampler = Sampler(2 * num_slots, vocab_size, CPU, seed=0)
+    params = [random_params(choose, vocab_size) for _ in range(num_slots)]
+    prompts = [[choose.randrange(vocab_size) for _ in range(6)] for _ in range(num_slots)]
+    outputs: list[list[int]] = [[] for _ in range(num_slots)]
+    slots = list(range(num_slots))
+    for index in range(num_slots):
+        join(sampler, slots[index], params[index], prompts[index])
+    num_drawn = 0
+    for step in range(16):
+        chosen = sorted(choose.sample(range(num_slots), choose.randrange(1, num_slots)))
+        logits = make_logits(len(chosen), vocab_size, seed=step)
+        positions = [len(prompts[i]) + len(outputs[i]) for i in chosen]
+        tokens, _ = sample(sampler, logits, [slots[i] for i in chosen], positions)
+        for row, index in enumerate(chosen):
+            edited = edited_logits(
+                logits[row].tolist(), params[index], prompts[index], outputs[index]
+            )
+            seed = np.array([(params[index].seed or 0) % 2**64], np.uint64)
+            uniform = uniform_draws(seed, np.array([positions[row]]))[0]
+            expected, margin = pick(probabilities(edited, params[index]), uniform)
+            num_drawn += params[index].temperature > 0
+            assert tokens[row] == expected or margin < 1e-5
+            outputs[index].append(tokens[row])
+        moved = choose.randrange(num_slots)
+        slots[moved] = (slots[moved] + num_slots) % (2 * num_slots)
+        join(sampler, slots[moved], params[moved], prompts[moved], outputs[moved])
+    assert num_drawn > 100
+
+
+def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
+    """A flat distribution over 3,000 tokens: the nucleus of 0.9 has 2,700 of them."""
+    logits = torch.zeros(1, 3000)
+    logits[0, :300] = -20.0
+    logits[0] += 1e-4 * torch.arange(3000)  # no ties, which would be kept together
+    counts = draw_counts(logits, SamplingParams(top_p=0.9, seed=3), 6000)
+    distribution = np.array(probabilities(logits[0].tolist(), SamplingParams(top_p=0.9)))
+    first_kept = int(np.flatnonzero(distribution)[0])
+    assert counts[: first_kept - 1].sum() == 0
+    assert counts[first_kept + 1 :].sum() >= 5990
+    assert (counts > 0).sum() > 1500
+
+
+def test_tokens_of_equal_weight_at_the_edge_are_all_kept() -> None:
+    """So a row's candidates cannot depend on how a sort happened to order ties."""
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0]])
+    assert (draw_counts(logits, SamplingParams(top_k=2, seed=1), 1000) > 0).tolist() == [
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
+def test_a_tiny_temperature_is_greedy_and_a_small_one_nearly_so() -> None:
+    logits = make_logits(1, 40)
+    best = int(logits.argmax())
+    for temperature in (0.0, 9e-6, 1e-4):
+        assert draw_counts(logits, SamplingParams(temperature=temperature), 50)[best] == 50
+
+
+def test_penalties_count_every_output_and_repetition_the_prompt_too() -> None:
+    sampler = Sampler(3, 6, CPU, seed=0)
+    logits = torch.tensor([[5.0, 4.9, 4.8, 1.0, -1.0, 0.0]]).repeat(3, 1)
+    join(sampler, 0, SamplingParams(temperature=0.0, presence_penalty=1.0), [0], [])
+    join(sampler, 1, SamplingParams(temperature=0.0, frequency_penalty=0.03), [0], [0, 0])
+    join(sampler, 2, SamplingParams(temperature=0.0, repetition_penalty=1.05), [0], [])
+    rows = [sample(sampler, logits, [0, 1, 2], [n, n + 2, n])[0] for n in range(1, 9)]
+    # Presence: each of the first three once, then none has an advantage left and the first leads.
+    assert [row[0] for row in rows[:4]] == [0, 1, 2, 0]
+    # Frequency: two outputs at the join already put token 0 at 4.94, and it falls 0.03 a use.
+    assert [row[1] for row in rows[:5]] == [0, 0, 1, 0, 1]
+    # Repetition: the prompt's token 0 is at 4.76 from the start, so 1 (4.9) and 2 (4.8) go first.
+    assert [row[2] for row in rows[:3]] == [1, 2, 0]
+
+
+def test_stop_tokens_are_held_back_until_min_tokens() -> None:
+    sampler = Sampler(1, 5, CPU, seed=0)
+    params = SamplingParams(temperature=0.0, min_tokens=3, all_stop_token_ids=frozenset({0, 1}))
+    join(sampler, 0, params, prompt=[4, 4])
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
+    tokens = [sample(sampler, logits, [0], [position])[0][0] for position in range(2, 7)]
+    assert tokens == [2, 2, 2, 0, 0]
+
+
+def test_ids_outside_the_vocabulary_change_nothing() -> None:
+    sampler = Sampler(1, 5, CPU, seed=0)
+    params = SamplingParams(
+        temperature=0.0,
+        logit_bias={7: 100.0},
+        allowed_token_ids=(2, 3, 99),
+        min_tokens=1,
+        all_stop_token_ids=frozenset({1000}),
+    )
+    join(sampler, 0, params)
+    assert sample(sampler, torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]), [0], [1])[0] == [2]
+
+
+def test_logprobs_are_the_models_own_before_any_edit() -> None:
+    vocab_size = 30
+    sampler = Sampler(4, vocab_size, CPU, seed=0)
+    logits = make_logits(4, vocab_size)
+    best = logits[0].argsort(descending=True).tolist()
+    edits = SamplingParams(
+        temperature=0.0,
+        logit_bias={best[7]: 100.0},
+        presence_penalty=2.0,
+        repetition_penalty=2.0,
+        logprobs=3,
+    )
+    join(sampler, 0, edits, prompt=[best[0]])
+    join(sampler, 1, SamplingParams(temperature=0.0, logprobs=0))
+    join(sampler, 2, SamplingParams(temperature=0.7, seed=5, top_k=3, logprobs=-1))
+    join(sampler, 3, GREEDY)
+    tokens, logprobs = sample(sampler, logits, [0, 1, 2, 3], [1] * 4)
+    assert tokens[0] == best[7]
+    assert sorted(logprobs) == [0, 1, 2]
+    for slot, num_columns in ((0, 4), (1, 1), (2, vocab_size + 1)):
+        lists, expected = logprobs[slot], logits[slot].log_softmax(dim=-1).numpy()
+        assert lists.token_ids.shape == lists.logprobs.shape == (1, num_columns)
+        assert lists.token_ids.dtype == np.int32
+        assert lists.logprobs.dtype == np.float32
+        assert lists.token_ids[0, 0] == tokens[slot]
+        np.testing.assert_allclose(lists.logprobs[0], expected[lists.token_ids[0]], atol=1e-6)
+        alternatives = lists.logprobs[0, 1:]
+        assert (np.diff(alternatives) <= 0).all()
+        assert lists.ranks.tolist() == [(expected >= expected[tokens[slot]]).sum()]
+    assert logprobs[0].token_ids[0].tolist() == [best[7], *best[:3]]
+    assert logprobs[0].ranks.tolist() == [8]
+
+
+def test_a_slot_forgets_its_former_sequence() -> None:
+    sampler = Sampler(1, 5, CPU, seed=0)
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]])
+    everything = SamplingParams(
+        temperature=0.0,
+        logit_bias={0: -100.0},
+        allowed_token_ids=(3, 4),
+        frequency_penalty=2.0,
+        min_tokens=9,
+        all_stop_token_ids=frozenset({1}),
+        logprobs=2,
+    )
+    join(sampler, 0, everything, prompt=[1], outputs=[3] * 5)
+    assert sample(sampler, logits, [0], [6])[0] == [4]
+    join(sampler, 0, GREEDY)
+    assert sample(sampler, logits, [0], [1]) == ([0], {})
+    join(sampler, 0, SamplingParams(temperature=0.0, frequency_penalty=0.4), outputs=[0])
+    assert sample(sampler, logits, [0], [2])[0] == [0]
+
+
+class RecordedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names of the tensor operations that ran inside the `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nobody_pays_for_features_that_no_row_uses() -> None:
+    sampler = Sampler(8, 100, CPU, seed=0)
+    for slot in range(4):
+        join(sampler, slot, GREEDY)
+        join(sampler, slot + 4, SamplingParams(temperature=0.8, min_p=0.1))
+    logits = make_logits(8, 100)
+    with RecordedOps() as greedy:
+        sample(sampler, logits[:4], range(4), [1] * 4)
+    assert greedy.names <= {"slice", "clone", "argmax", "detach"}
+    with RecordedOps() as drawn:
+        sample(sampler, logits, range(8), [1] * 8)
+    assert "cumsum" in drawn.names
+    assert not drawn.names & {"sort", "topk", "log_softmax", "_log_softmax"}

@@ -1,0 +1,136 @@
+"""Streams and the mailboxes behind them: merging, waiting, ending, dropping."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import pytest
+
+from frontend.mailbox import Mailbox
+from frontend.outputs import AbortCause, RequestOutput, Terminal
+from frontend.stream import RequestStream
+
+LENGTH = Terminal("length")
+
+
+def opened(**mailbox_options: int) -> tuple[Mailbox, RequestStream, list[str]]:
+    """A mailbox, its stream, and a list that grows when the stream is dropped."""
+    mailbox = Mailbox("r", **mailbox_options)
+    drops: list[str] = []
+    return mailbox, RequestStream(mailbox, lambda: drops.append("r")), drops
+
+
+async def test_events_merge_while_nobody_reads() -> None:
+    mailbox, stream, _ = opened()
+    mailbox.put("a", [1])
+    mailbox.put("b", [2, 3])
+    output = await anext(stream)
+    assert (output.text, output.token_ids) == ("ab", (1, 2, 3))
+    assert mailbox.take() is None
+
+
+async def test_a_waiting_reader_is_woken() -> None:
+    mailbox, stream, _ = opened()
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    mailbox.put("a", [1])
+    assert (await reader).text == "a"
+
+
+async def test_L1_the_terminal_comes_last_once_and_with_what_was_not_read() -> None:
+    mailbox, stream, drops = opened()
+    mailbox.put("a", [1])
+    mailbox.finish(LENGTH)
+    outputs = [output async for output in stream]
+    assert [(output.text, output.finish_reason) for output in outputs] == [("a", "length")]
+    assert mailbox.is_finished
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    with pytest.raises(AssertionError, match="follow"):
+        mailbox.put("late", [2])
+    with pytest.raises(AssertionError, match="one terminal"):
+        mailbox.finish(LENGTH)
+    stream.close()
+    assert drops == []
+
+
+async def test_a_result_gathers_everything() -> None:
+    mailbox, stream, _ = opened()
+    mailbox.num_prompt_tokens = 7
+    mailbox.put("a", [1])
+    task = asyncio.ensure_future(stream.result())
+    await asyncio.sleep(0)
+    mailbox.put("b", [2])
+    mailbox.finish(Terminal("abort", abort_cause=AbortCause.EXPLICIT))
+    result = await task
+    assert (result.text, result.token_ids, result.num_prompt_tokens) == ("ab", (1, 2), 7)
+    assert (result.finish_reason, result.abort_cause) == ("abort", AbortCause.EXPLICIT)
+    with pytest.raises(RuntimeError, match="read to its end"):
+        await stream.result()
+
+
+async def test_with_a_stream_interval_the_first_token_comes_at_once_and_others_in_groups() -> None:
+    mailbox, stream, _ = opened(stream_interval=3)
+    sizes: list[int] = []
+
+    async def read() -> None:
+        async for output in stream:
+            sizes.append(len(output.token_ids))
+
+    reader = asyncio.ensure_future(read())
+    for token_id in range(8):
+        mailbox.put("x", [token_id])
+        for _ in range(3):
+            await asyncio.sleep(0)
+    mailbox.finish(LENGTH)
+    await reader
+    assert sizes == [1, 3, 3, 1]
+
+
+async def test_a_second_reader_is_told_off() -> None:
+    _, stream, _ = opened()
+    first = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    with pytest.raises(RuntimeError, match="another task"):
+        await anext(stream)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+
+
+async def test_closing_drops_once() -> None:
+    _, stream, drops = opened()
+    stream.close()
+    stream.close()
+    assert drops == ["r"]
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_leaving_a_with_block_drops() -> None:
+    _, stream, drops = opened()
+    async with stream as entered:
+        assert entered is stream
+        assert entered.request_id == "r"
+    assert drops == ["r"]
+
+
+async def test_cancelling_the_reading_task_drops() -> None:
+    _, stream, drops = opened()
+    reader = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert drops == ["r"]
+
+
+async def test_losing_the_last_reference_drops() -> None:
+    mailbox, stream, drops = opened()
+    mailbox.put("a", [1])
+    output: RequestOutput = await anext(stream)
+    assert output.text == "a"
+    del stream
+    gc.collect()
+    assert drops == ["r"]
