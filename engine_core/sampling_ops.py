@@ -48,7 +48,7 @@ def pick_tokens(weights: Tensor, uniforms: Tensor) -> Tensor:
     thresholds = thresholds.minimum(totals.nextafter(torch.zeros_like(totals)))
     tokens = torch.searchsorted(cumulative, thresholds[:, None], right=True)
     tokens.clamp_(max=weights.shape[1] - 1)
-    # A GPU sums in a tree, so the sums may rise by an ulp at a token of weight zero. Such a token is
+    # A GPU sums in a tree, so the sums may rise by an ulp at a token of weight zero, which is
     # forbidden; a row that hits one, one in millions, takes its likeliest token instead.
     is_possible = weights.gather(1, tokens) > 0
     if not bool(is_possible.all()):

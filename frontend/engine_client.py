@@ -21,6 +21,7 @@ from functools import partial
 from typing import Protocol
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from frontend.errors import EngineDeadError, EngineStartupError, UtilityCallError
 from frontend.handshake import Handshake
@@ -33,6 +34,7 @@ from ipc.utility import UtilityCall, UtilityReply, encode_utility
 
 logger = logging.getLogger(__name__)
 
+_CONNECTION_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 CLIENT_INDEX = 0
 """The front end is one process."""
 
@@ -59,6 +61,10 @@ class _Engine:
     address: str
     calls: dict[int, asyncio.Future[object]] = field(default_factory=dict)
     is_connected: bool = True
+    newcomer_fd: int | None = None
+    """Of the last peer that connected to `address`, whoever it was."""
+    connection_fd: int | None = None
+    """Of the engine, once it shook hands there."""
 
 
 class EngineClient:
@@ -131,8 +137,8 @@ class EngineClient:
         reader = SocketReader(self._loop, socket, partial(self._on_output, rank))
         monitor = SocketReader(
             self._loop,
-            socket.get_monitor_socket(zmq.EVENT_DISCONNECTED),
-            lambda _: self._on_disconnected(rank),
+            socket.get_monitor_socket(_CONNECTION_EVENTS),
+            partial(self._on_connection_event, rank),
         )
         return _Engine(engine_identity(rank), reader, monitor, sockets.bound_address(socket))
 
@@ -237,10 +243,19 @@ class EngineClient:
         if outputs.outputs or outputs.scheduler_stats is not None:
             self._events.on_outputs(rank, outputs)
 
-    def _on_disconnected(self, rank: int) -> None:
-        self._engines[rank].reader.read_all()  # What it said before it went still counts.
-        if self._engines[rank].is_connected:
-            self._events.on_engine_dead(rank, f"engine {rank} closed its connection")
+    def _on_connection_event(self, rank: int, frames: list[bytes]) -> None:
+        """The first peer that shakes hands is the engine; others may knock at its port and go."""
+        engine = self._engines[rank]
+        event = parse_monitor_message(frames)
+        match event["event"]:
+            case zmq.EVENT_ACCEPTED:
+                engine.newcomer_fd = event["value"]
+            case zmq.EVENT_HANDSHAKE_SUCCEEDED if engine.connection_fd is None:
+                engine.connection_fd = engine.newcomer_fd
+            case zmq.EVENT_DISCONNECTED if event["value"] == engine.connection_fd:
+                engine.reader.read_all()  # What it said before it went still counts.
+                if engine.is_connected:
+                    self._events.on_engine_dead(rank, f"engine {rank} closed its connection")
 
     def _finish_call(self, rank: int, reply: UtilityReply) -> None:
         future = self._engines[rank].calls.get(reply.call_id)

@@ -67,7 +67,7 @@ class OutputProcessor:
     def process(self, token_ids: Sequence[int], finished: bool) -> ProcessedDelta:
         """Take the next tokens of the stream; `finished` says that no more will come.
 
-        Nothing may follow a finished delta or one with a stop_reason.
+        Nothing may follow a delta with a stop_reason, and only empty ones a finished delta.
         """
         detokenizer, stops = self._detokenizer, self._stops
         if detokenizer is None:
@@ -81,20 +81,17 @@ class OutputProcessor:
 
         # Token by token, so that the one which completes a stop string is known.
         pieces: list[str] = []
+        # Stop strings that one of so many tokens of this delta completes do not count.
+        num_exempt = self._min_tokens - self._num_tokens
+        self._num_tokens += num_tokens
         for num_used, token_id in enumerate(token_ids, start=1):
-            self._num_tokens += 1
-            found = stops.add(detokenizer.add((token_id,)), match=self._may_stop)
+            found = stops.add(detokenizer.add((token_id,)), match=num_used > num_exempt)
             if isinstance(found, StopMatch):
                 return ProcessedDelta("".join(pieces) + found.text, num_used, found.stop)
             pieces.append(found)
         if finished:
-            found = stops.add(detokenizer.finish(), match=self._may_stop)
+            found = stops.add(detokenizer.finish(), match=num_tokens > num_exempt)
             if isinstance(found, StopMatch):
                 return ProcessedDelta("".join(pieces) + found.text, num_tokens, found.stop)
             pieces += found, stops.finish()
         return ProcessedDelta("".join(pieces), num_tokens)
-
-    @property
-    def _may_stop(self) -> bool:
-        """Whether a stop string counts that the present token completes."""
-        return self._num_tokens > self._min_tokens

@@ -48,12 +48,13 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
         except asyncio.CancelledError:
             return
         async with engine:
-            await _serve_on(listener, engine, http, stop)
+            await serve_on(listener, engine, http, stop)
 
 
-async def _serve_on(
+async def serve_on(
     listener: socket.socket, engine: AsyncEngine, http: HttpConfig, stop: asyncio.Future[None]
 ) -> None:
+    """Serve a started engine until `stop` is done; then end its requests, the engine, the server."""
     server = _Server(
         uvicorn.Config(
             create_app(engine, http.api_key),

@@ -8,20 +8,18 @@ bytes are exactly its shape times its item size; objects are refused.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import numpy as np
 import numpy.typing as npt
 
 from ipc import expect
-from ipc.codec import ARRAY_EXT_TYPE, Frame, Frames
+from ipc.codec import ARRAY_EXT_TYPE, Frames, array_data
 from ipc.errors import WireError, mismatch
 
 INLINE_LIMIT_BYTES = 256
 """Arrays of this size and above travel in frames of their own."""
-MAX_DIMENSIONS = 8
 
 _TORCH_NAMES = {
     "|b1": "bool",
@@ -44,7 +42,7 @@ Array = npt.NDArray[Any]
 
 
 def encode_array(array: Array, aux: list[bytes], *, as_tensor: bool = False) -> list[object]:
-    """The wire form of `array`, with torch's dtype name if `as_tensor`; data too long to be inlined
+    """The wire form of `array`, with torch's dtype name if `as_tensor`. Data too long to be inlined
     is appended to `aux`."""
     name = array.dtype.str
     if name not in _TORCH_NAMES:
@@ -52,13 +50,13 @@ def encode_array(array: Array, aux: list[bytes], *, as_tensor: bool = False) -> 
             f"array: dtype {array.dtype} cannot cross the wire; "
             f"convert it to one of {', '.join(_TORCH_NAMES)}"
         )
-    data: object
+    data: object = array.tobytes()
     if array.nbytes < INLINE_LIMIT_BYTES:
-        data = msgpack.ExtType(ARRAY_EXT_TYPE, array.tobytes())
+        data = array_data(data)
     else:
-        aux.append(array.tobytes())
+        aux.append(data)
         data = len(aux)
-    return [_TORCH_NAMES[name] if as_tensor else name, list(array.shape), data]
+    return [_TORCH_NAMES[name] if as_tensor else name, array.shape, data]
 
 
 def decode_array(value: object, frames: Frames, path: str) -> Array:
@@ -67,39 +65,25 @@ def decode_array(value: object, frames: Frames, path: str) -> Array:
     `frames` is the whole message: frame 0 the body, then the auxiliary frames. Raises WireError.
     """
     name, shape, data = expect.array(value, path, 3)[:3]
-    dtype = _DTYPES.get(name) if isinstance(name, str) else None
+    dtype = _DTYPES.get(name) if type(name) is str else None
     if dtype is None:
         raise mismatch(f"{path}.dtype", name, f"one of {', '.join(_DTYPES)}")
-    dimensions = [
-        expect.integer(size, f"{path}.shape[{axis}]", 0, 2**31 - 1)
-        for axis, size in enumerate(expect.array(shape, f"{path}.shape"))
-    ]
-    if len(dimensions) > MAX_DIMENSIONS:
-        raise mismatch(f"{path}.shape", dimensions, f"at most {MAX_DIMENSIONS} dimensions")
-    buffer = memoryview(_data(data, frames, f"{path}.data"))
-    num_bytes = math.prod(dimensions) * dtype.itemsize
-    if buffer.nbytes != num_bytes:
-        raise WireError(
-            f"{path}: shape {dimensions} needs {num_bytes} bytes of data, got {buffer.nbytes}"
-        )
+    dimensions = cast(list[int], expect.array(shape, f"{path}.shape"))
+    buffer = _data(data, frames, f"{path}.data")
     try:
-        return (
-            np.frombuffer(buffer, dtype).reshape(dimensions)
-            if num_bytes
-            else np.empty(dimensions, dtype)
-        )
-    except ValueError as error:  # zero bytes, yet dimensions whose product NumPy cannot hold
-        raise WireError(f"{path}.shape: {error}") from None
+        # NumPy checks all but that no dimension is negative and that no bytes are left over.
+        array: Array = np.ndarray(dimensions, dtype, buffer)
+        if min(dimensions, default=0) >= 0 and array.nbytes == buffer.nbytes:
+            return array
+    except (ValueError, TypeError):
+        pass
+    raise mismatch(f"{path}.shape", shape, f"the shape of {buffer.nbytes} bytes of {dtype.name}")
 
 
-def _data(value: object, frames: Frames, path: str) -> Frame:
-    if isinstance(value, msgpack.ExtType):
-        data: bytes = value.data
-        return data
-    if type(value) is int:
-        if not 1 <= value < len(frames):
-            raise mismatch(
-                path, value, f"the number of an auxiliary frame (the message has {len(frames) - 1})"
-            )
-        return frames[value]
-    raise mismatch(path, value, f"extension type {ARRAY_EXT_TYPE} or a frame number")
+def _data(value: object, frames: Frames, path: str) -> memoryview:
+    if type(value) is msgpack.ExtType:
+        return memoryview(value.data)
+    if type(value) is int and 1 <= value < len(frames):
+        return memoryview(frames[value]).toreadonly()
+    expected = f"extension type {ARRAY_EXT_TYPE} or the number of an auxiliary frame"
+    raise mismatch(path, value, f"{expected} (the message has {len(frames) - 1})")

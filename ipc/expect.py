@@ -15,7 +15,7 @@ import msgpack
 from ipc.codec import ARRAY_EXT_TYPE
 from ipc.errors import mismatch
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Check = Callable[[object, str], object]
 
 INT64_MIN, INT64_MAX, UINT64_MAX = -(2**63), 2**63 - 1, 2**64 - 1
@@ -96,7 +96,7 @@ def token_ids(value: object, path: str) -> list[int]:
     raise AssertionError("unreachable: one of the entries is bad")
 
 
-def optional(check: Callable[[object, str], T], value: object, path: str) -> T | None:
+def optional(check: Callable[[object, str], _T], value: object, path: str) -> _T | None:
     """`check`, unless the value is nil."""
     return None if value is None else check(value, path)
 

@@ -28,32 +28,31 @@ class LogprobsLists:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LogprobsLists) and all(
             np.array_equal(mine, theirs)
-            for mine, theirs in zip(self._arrays(), other._arrays(), strict=True)
+            for mine, theirs in zip(self.arrays, other.arrays, strict=True)
         )
 
-    def _arrays(self) -> tuple[Array, Array, Array]:
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
         return self.token_ids, self.logprobs, self.ranks
 
 
 def logprobs_to_wire(logprobs: LogprobsLists, aux: list[bytes]) -> list[object]:
     """NumPy form, for sampled tokens; the fourth entry (offsets over several requests) is nil for a
     single one."""
-    return [*(encode_array(array, aux) for array in logprobs._arrays()), None]
+    return [*[encode_array(array, aux) for array in logprobs.arrays], None]
 
 
 def prompt_logprobs_to_wire(logprobs: LogprobsLists, aux: list[bytes]) -> list[object]:
     """Tensor form, for prompts; one position less than the prompt has tokens."""
-    return [*(encode_array(array, aux, as_tensor=True) for array in logprobs._arrays()), None, None]
+    return [*[encode_array(array, aux, as_tensor=True) for array in logprobs.arrays], None, None]
 
 
 def logprobs_from_wire(value: object, frames: Frames, path: str) -> LogprobsLists:
     """Parse either form. Raises WireError where the three arrays do not belong together."""
-    names = ("token_ids", "logprobs", "ranks")
-    entries = expect.array(value, path, len(names))
-    token_ids, logprobs, ranks = (
-        decode_array(entry, frames, f"{path}.{name}")
-        for name, entry in zip(names, entries, strict=False)
-    )
+    entries = expect.array(value, path, 3)
+    token_ids = decode_array(entries[0], frames, f"{path}.token_ids")
+    logprobs = decode_array(entries[1], frames, f"{path}.logprobs")
+    ranks = decode_array(entries[2], frames, f"{path}.ranks")
     if (
         token_ids.ndim != 2
         or logprobs.shape != token_ids.shape

@@ -241,7 +241,6 @@ _UNSUPPORTED = (
     "prompt_logprob_token_ids",
     "logprob_token_ids",
     "structured_outputs",
-    "allowed_token_ids",
     "bad_words",
     "thinking_token_budget",
     "repetition_detection",

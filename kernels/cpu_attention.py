@@ -50,6 +50,7 @@ from kernels.cpu_runtime import (
 )
 
 LOG2_E = 1.4426950408889634
+KEYS_PER_STEP = 64
 QUERIES_PER_TILE = 16
 """Queries (tokens * G) a tile aims at: enough to reuse a page from L1, few enough to stay there."""
 
@@ -65,9 +66,7 @@ def paged_decode_attention(
 ) -> Tensor:
     """See `kernels.ops.paged_decode_attention`."""
     no_starts = 0
-    return _launch(
-        query, key_cache, value_cache, block_tables, context_lens, no_starts, scale, out
-    )
+    return _launch(query, key_cache, value_cache, block_tables, context_lens, no_starts, scale, out)
 
 
 def paged_prefill_attention(
@@ -148,7 +147,9 @@ def _require_int32(**tensors: Tensor) -> None:
 
 
 @jit
-def _cut(starts_address: int, lens_address: int, num_rows: int, num_tokens: int, tile_size: int) -> Any:
+def _cut(
+    starts_address: int, lens_address: int, num_rows: int, num_tokens: int, tile_size: int
+) -> Any:
     """The rows cut into tiles, [n, 4] of (row, first token, token after the last, keys that the first sees),
     and the number of (query token, key) pairs."""
     lens = numba.carray(pointer(lens_address, np.int32(0)), (num_rows,))
@@ -198,7 +199,17 @@ def _attend(
     tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
     for pair in range(len(tiles) * num_kv_heads):
         tile = tiles[pair % len(tiles)]
-        _attend_tile(query, tile, pair // len(tiles), group, keys, values, tables, np.float32(scale), out)
+        _attend_tile(
+            query,
+            tile,
+            pair // len(tiles),
+            group,
+            keys,
+            values,
+            tables,
+            np.float32(scale),
+            out,
+        )
 
 
 @parallel_jit
@@ -230,7 +241,17 @@ def _attend_parallel(
     tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
     for pair in numba.prange(len(tiles) * num_kv_heads):
         tile = tiles[pair % len(tiles)]
-        _attend_tile(query, tile, pair // len(tiles), group, keys, values, tables, np.float32(scale), out)
+        _attend_tile(
+            query,
+            tile,
+            pair // len(tiles),
+            group,
+            keys,
+            values,
+            tables,
+            np.float32(scale),
+            out,
+        )
 
 
 @jit
@@ -245,59 +266,62 @@ def _attend_tile(
     scale: Any,
     out: Any,
 ) -> None:
-    """Query tokens first .. after - 1 of one row with one key/value head.
+    """One tile (see `_cut`) with one key/value head.
 
-    query, out [T, stride]; token `first` sees the row's first `visible` keys, each next one more.
-    keys, values [num_blocks, Hkv, block_size, D]; table: the row's blocks.
+    query, out [T, stride]; keys, values [num_blocks, Hkv, block_size, D]; tables [R, max_blocks].
     """
     row, first, after, visible = tile[0], tile[1], tile[2], tile[3]
-    table = tables[row]
     block_size, head_size = keys.shape[2:]
     tokens = after - first
     queries = tokens * group
-    length = visible + tokens - 1
     scaled = np.empty((queries, head_size), np.float32)
-    for token in range(tokens):
-        for g in range(group):
-            for d in range(head_size):
-                q = query[first + token, (kv_head * group + g) * head_size + d]
-                scaled[token * group + g, d] = widen(q) * scale
-    scores = np.empty((queries, (block_size + 3) // 4 * 4), np.float32)
+    for m in range(queries):
+        column = (kv_head * group + m % group) * head_size
+        for d in range(head_size):
+            scaled[m, d] = widen(query[first + m // group, column + d]) * scale
     highest = np.full(queries, -np.inf, np.float32)
     total = np.zeros(queries, np.float32)
     acc = np.zeros((queries, head_size), np.float32)
 
+    length = visible + tokens - 1
     num_pages = (length + block_size - 1) // block_size
-    for page in range(num_pages):
-        num_keys = min(block_size, length - page * block_size)
-        block, next_block = table[page], table[min(page + 1, num_pages - 1)]
-        _score(scaled, keys[block, kv_head], num_keys, keys[next_block, kv_head], scores)
-        for token in range(tokens):
-            seen = max(0, min(num_keys, visible + token - page * block_size))
-            for m in range(token * group, (token + 1) * group):
-                _rescale(scores[m], seen, m, highest, total, acc[m])
-        _accumulate(scores, values[block, kv_head], num_keys, values[next_block, kv_head], acc)
+    step = max(1, KEYS_PER_STEP // block_size)
+    scores = np.empty((queries, step * block_size + 3), np.float32)
+    for begin in range(0, num_pages, step):
+        end = min(begin + step, num_pages)
+        passed = begin * block_size
+        for page in range(begin, end):
+            block = tables[row, page]
+            num_keys = min(block_size, length - page * block_size)
+            column = page * block_size - passed
+            _score(scaled, keys[block, kv_head], num_keys, values[block, kv_head], scores, column)
+        for m in range(queries):
+            seen = max(0, min(step * block_size, visible + m // group - passed))
+            _weigh(scores, seen, m, highest, total, acc)
+        for page in range(begin, end):
+            block = tables[row, page]
+            later = tables[row, min(page + step, num_pages - 1)]
+            num_keys = min(block_size, length - page * block_size)
+            column = page * block_size - passed
+            _accumulate(scores, column, values[block, kv_head], num_keys, keys[later, kv_head], acc)
 
-    for token in range(tokens):
-        for g in range(group):
-            m = token * group + g
-            inverse = np.float32(1) / total[m] if length > 0 else np.float32(0)
-            for d in range(head_size):
-                place = (kv_head * group + g) * head_size + d
-                out[first + token, place] = narrow(acc[m, d] * inverse, out[0, 0])
+    for m in range(queries):
+        inverse = np.float32(1) / total[m] if length > 0 else np.float32(0)
+        column = (kv_head * group + m % group) * head_size
+        for d in range(head_size):
+            out[first + m // group, column + d] = narrow(acc[m, d] * inverse, out[0, 0])
 
 
 @jit
-def _score(scaled: Any, keys: Any, num_keys: int, next_keys: Any, scores: Any) -> None:
-    """scores[m, t] = scaled[m] . keys[t] for t < num_keys, four keys at a time."""
+def _score(scaled: Any, keys: Any, num_keys: int, soon: Any, scores: Any, column: int) -> None:
+    """scores[m, column + t] = scaled[m] . keys[t], four keys at a time; prefetches page `soon`."""
     queries, head_size = scaled.shape
-    line = CACHE_LINE_BYTES // keys.itemsize
     last = num_keys - 1
     for t in range(0, num_keys, 4):
-        k0, k1, k2, k3 = keys[t], keys[min(t + 1, last)], keys[min(t + 2, last)], keys[min(t + 3, last)]
-        for i in range(t, min(t + 4, next_keys.shape[0])):
-            for d in range(0, head_size, line):
-                prefetch(next_keys[i], d)
+        k0, k1 = keys[t], keys[min(t + 1, last)]
+        k2, k3 = keys[min(t + 2, last)], keys[min(t + 3, last)]
+        for place in range(t * head_size, (t + 4) * head_size, CACHE_LINE_BYTES // soon.itemsize):
+            prefetch(soon, place)
         for m in range(queries):
             s0 = s1 = s2 = s3 = np.float32(0)
             for d in range(head_size):
@@ -306,42 +330,49 @@ def _score(scaled: Any, keys: Any, num_keys: int, next_keys: Any, scores: Any) -
                 s1 += q * widen(k1[d])
                 s2 += q * widen(k2[d])
                 s3 += q * widen(k3[d])
-            scores[m, t], scores[m, t + 1], scores[m, t + 2], scores[m, t + 3] = s0, s1, s2, s3
+            scores[m, column + t] = s0
+            scores[m, column + t + 1] = s1
+            scores[m, column + t + 2] = s2
+            scores[m, column + t + 3] = s3
 
 
 @jit
-def _rescale(scores: Any, seen: int, m: int, highest: Any, total: Any, acc: Any) -> None:
-    """Turn one query's scores of a page into weights, zero past the `seen` ones it may look at."""
+def _weigh(scores: Any, seen: int, m: int, highest: Any, total: Any, acc: Any) -> None:
+    """Turn query m's scores into weights, zero past the `seen` keys that it may look at."""
     top = highest[m]
     for t in range(seen):
-        top = max(top, scores[t])
+        top = max(top, scores[m, t])
     if top > highest[m]:
         shrink = exp2(highest[m] - top)
         highest[m] = top
         total[m] *= shrink
-        for d in range(acc.shape[0]):
-            acc[d] *= shrink
-    page_total = np.float32(0)
+        for d in range(acc.shape[1]):
+            acc[m, d] *= shrink
+    step_total = np.float32(0)
     for t in range(seen):
-        weight = exp2(scores[t] - top)
-        scores[t] = weight
-        page_total += weight
-    scores[seen:] = 0
-    total[m] += page_total
+        weight = exp2(scores[m, t] - top)
+        scores[m, t] = weight
+        step_total += weight
+    for t in range(seen, scores.shape[1]):
+        scores[m, t] = 0
+    total[m] += step_total
 
 
 @jit
-def _accumulate(weights: Any, values: Any, num_keys: int, next_values: Any, acc: Any) -> None:
-    """acc[m] += sum over t of weights[m, t] * values[t], four values at a time."""
+def _accumulate(weights: Any, column: int, values: Any, num_keys: int, soon: Any, acc: Any) -> None:
+    """acc[m] += weights[m, column + t] * values[t], four values at a time; prefetches `soon`."""
     queries, head_size = acc.shape
-    line = CACHE_LINE_BYTES // values.itemsize
     last = num_keys - 1
     for t in range(0, num_keys, 4):
-        v0, v1, v2, v3 = values[t], values[min(t + 1, last)], values[min(t + 2, last)], values[min(t + 3, last)]
-        for i in range(t, min(t + 4, next_values.shape[0])):
-            for d in range(0, head_size, line):
-                prefetch(next_values[i], d)
+        v0, v1 = values[t], values[min(t + 1, last)]
+        v2, v3 = values[min(t + 2, last)], values[min(t + 3, last)]
+        for place in range(t * head_size, (t + 4) * head_size, CACHE_LINE_BYTES // soon.itemsize):
+            prefetch(soon, place)
         for m in range(queries):
-            w0, w1, w2, w3 = weights[m, t], weights[m, t + 1], weights[m, t + 2], weights[m, t + 3]
+            w0 = weights[m, column + t]
+            w1 = weights[m, column + t + 1]
+            w2 = weights[m, column + t + 2]
+            w3 = weights[m, column + t + 3]
             for d in range(head_size):
-                acc[m, d] += w0 * widen(v0[d]) + w1 * widen(v1[d]) + w2 * widen(v2[d]) + w3 * widen(v3[d])
+                first_two = w0 * widen(v0[d]) + w1 * widen(v1[d])
+                acc[m, d] += first_two + w2 * widen(v2[d]) + w3 * widen(v3[d])

@@ -44,9 +44,9 @@ def jit(function: F) -> F:
 
 def parallel_jit(function: F) -> F:
     """Compile a kernel whose `prange` loops are spread over threads."""
-    compiled: F = numba.njit(
-        cache=True, fastmath=FAST_MATH, error_model="numpy", parallel=True
-    )(function)
+    compiled: F = numba.njit(cache=True, fastmath=FAST_MATH, error_model="numpy", parallel=True)(
+        function
+    )
     return compiled
 
 
@@ -82,7 +82,10 @@ def pointer(typing_context: Any, address: Any, element: Any) -> Any:
 
 @intrinsic
 def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask the CPU to bring element `index` of a 1-D contiguous array into its second-level cache."""
+    """Ask the CPU to bring an element of a contiguous array into its second-level cache.
+
+    `index` counts from the array's start, whatever its shape; it may lie past its end.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data

@@ -139,6 +139,7 @@ class Tally:
         self._aborted_tokens = 0
         self._lock = threading.Lock()
         self._is_open = True
+        self._percent_shown = 0
         self._started_s = time.perf_counter()
 
     @property
@@ -172,17 +173,20 @@ class Tally:
                 self._aborted_tokens += num_tokens
 
     def show_progress(self) -> None:
-        """Rewrite the line on a terminal."""
-        if sys.stderr.isatty():
-            rate = self.num_ended / (time.perf_counter() - self._started_s)
-            share = 100 * self.num_ended / self._plan.num_requests
-            print(
-                f"\r{self._variant}: {self.num_ended} of {self._plan.num_requests} ended "
-                f"({share:.0f} %), {rate:.0f} requests/s ",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+        """One line that is rewritten on a terminal; elsewhere a new one for every tenth."""
+        percent = 100 * self.num_ended // self._plan.num_requests
+        is_terminal = sys.stderr.isatty()
+        if not is_terminal and percent // 10 == self._percent_shown // 10:
+            return
+        self._percent_shown = percent
+        rate = self.num_ended / (time.perf_counter() - self._started_s)
+        print(
+            f"{self._variant}: {self.num_ended} of {self._plan.num_requests} ended "
+            f"({percent} %), {rate:.1f} requests/s ",
+            end="\r" if is_terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def report(self, *, actual: int, before: int, after: int, abort_to_free_s: float) -> Report:
         total_s = time.perf_counter() - self._started_s

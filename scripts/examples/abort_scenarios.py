@@ -11,9 +11,11 @@ that was generated.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
-from caesura import AsyncEngine, FrontendConfig, RequestResult, SamplingParams
+from caesura import AsyncEngine, FrontendConfig, RequestOutput, RequestResult, SamplingParams
 
 Prompt = dict[str, Any]
 """`{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
@@ -52,7 +54,7 @@ async def deadline_passes(
 
 async def user_presses_stop(
     engine: AsyncEngine, prompt: Prompt, after_tokens: int = 10
-) -> RequestResult:
+) -> list[RequestOutput]:
     """A chat window shows the tokens as they come; the stop button is another task."""
     stop_button = asyncio.Event()
 
@@ -61,29 +63,21 @@ async def user_presses_stop(
         await engine.abort(prefix="chat-7/")  # All requests of this chat.
 
     watching = asyncio.create_task(watch_stop_button())
-    token_ids: list[int] = []
-    text = ""
+    shown: list[RequestOutput] = []
     async for output in engine.generate(**prompt, sampling_params=LONG, request_id="chat-7/turn-1"):
-        token_ids += output.token_ids
-        text += output.text
-        if len(token_ids) >= after_tokens:
+        shown.append(output)
+        if num_tokens(shown) >= after_tokens:
             stop_button.set()
     await watching
-    assert output.finish_reason is not None
-    return RequestResult(
-        request_id=output.request_id,
-        text=text,
-        token_ids=tuple(token_ids),
-        logprobs=(),
-        num_prompt_tokens=output.num_prompt_tokens,
-        num_cached_tokens=output.num_cached_tokens,
-        finish_reason=output.finish_reason,
-        abort_cause=output.abort_cause,
-    )
+    return shown
+
+
+def num_tokens(outputs: Sequence[RequestOutput]) -> int:
+    return sum(len(output.token_ids) for output in outputs)
 
 
 async def batch_is_cut_at_80_percent(
-    engine: AsyncEngine, prompt: Prompt, num_requests: int = 50
+    engine: AsyncEngine, prompt: Prompt, num_requests: int = 25
 ) -> list[RequestResult]:
     """A rollout batch does not wait for its stragglers: the last fifth returns what it has."""
     # Every fifth request would run on long after the others.
@@ -95,7 +89,7 @@ async def batch_is_cut_at_80_percent(
         for length in lengths
     ]
     reading = [asyncio.create_task(stream.result()) for stream in streams]
-    for finished in [*asyncio.as_completed(reading)][: num_requests * 4 // 5]:
+    for finished in islice(asyncio.as_completed(reading), num_requests * 4 // 5):
         await finished
     receipt = await engine.abort(abort_all=True)
     print(
@@ -110,8 +104,8 @@ async def run(engine: AsyncEngine, prompt: Prompt) -> None:
     print(f"hang-ups: {num_served} of 20 clients stayed and were served in full")
     late = await deadline_passes(engine, prompt)
     print(f"deadline: {late.finish_reason} with {len(late.token_ids)} tokens")
-    stopped = await user_presses_stop(engine, prompt)
-    print(f"stop button: {stopped.finish_reason} with {len(stopped.token_ids)} tokens")
+    shown = await user_presses_stop(engine, prompt)
+    print(f"stop button: {shown[-1].finish_reason} with {num_tokens(shown)} tokens")
     results = await batch_is_cut_at_80_percent(engine, prompt)
     num_whole = sum(result.finish_reason == "length" for result in results)
     print(f"batch: {num_whole} of {len(results)} requests whole, the others partial")

@@ -14,6 +14,7 @@ from frontend.outputs import RequestOutput
 from frontend.sampling_params import SamplingParams
 from frontend.stream import RequestStream
 from ipc.codec import pack
+from ipc.lifecycle import AbortReceipt
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, LogprobsLists
 from tests.support.mock_engine import MockEngine
 from tests.support.mock_fleet import mock_fleet, mock_fleet_config
@@ -194,6 +195,47 @@ async def test_L12_an_output_that_makes_no_sense_does_not_stop_the_others_of_its
         await engine.send_tokens(bad, [], finish=FinishReason.LENGTH)
         ends = [await asyncio.wait_for(stream.result(), 2) for stream in streams]
         assert (ends[1].finish_reason, list(ends[1].token_ids)) == ("length", [4])
+
+
+async def test_L12_an_engine_that_claims_another_index_is_known_by_its_socket() -> None:
+    async with mock_fleet(2) as (frontend, [liar, good]):
+        (liars_id, first), (good_id, second) = await one_stream_each(frontend, [liar, good])
+        for engine_index in (1, 65_535):
+            row = [liars_id, [9]]
+            await liar.send_frame(pack([engine_index, [row], None, 1.5]))
+        await liar.send_frame(pack([1, "bad", None, 1.5]))
+        rest = await asyncio.wait_for(collect(first), 1)
+        assert [token for out in rest for token in out.token_ids] == [9, 9]
+        assert rest[-1].finish_reason == "error"
+        await assert_serves(good, good_id, second)
+
+
+async def test_L12_an_engine_cannot_answer_another_engines_call() -> None:
+    async with mock_fleet(2) as (frontend, [forger, good]):
+        _, (_, healthy) = await one_stream_each(frontend, [forger, good])
+        aborting = asyncio.create_task(frontend.abort(healthy.request_id, timeout_s=1))
+        call = await good.next_utility()
+        await forger.reply(call, failure="forged")
+        await asyncio.sleep(0.05)
+        assert not aborting.done()
+        await good.reply(call, AbortReceipt().to_wire())
+        assert (await aborting).engines == {1: "ok"}
+
+
+@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\xff" + bytes(8) + b"\x7f"])
+async def test_L12_a_stranger_who_knocks_at_the_ports_and_leaves_ends_nothing(words: bytes) -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        [(request_id, stream)] = await one_stream_each(frontend, [engine])
+        assert engine.init is not None
+        for address in (*engine.init.inputs, *engine.init.outputs):
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(words)
+            await asyncio.sleep(0.05)
+            writer.close()
+            await asyncio.sleep(0.05)
+        await assert_serves(engine, request_id, stream)
+        assert frontend.is_healthy
 
 
 async def test_L12_outputs_of_unknown_requests_are_ignored() -> None:

@@ -435,3 +435,25 @@ def test_an_engine_that_cannot_start_says_so_and_leaves_no_thread_behind() -> No
     with pytest.raises(ValueError, match="no/such/model"):
         Engine(model_path="/no/such/model")
     assert threading.active_count() == before
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_L2_the_bundled_model_streams_text_and_stops_at_a_stop_string() -> None:
+    greedy = {"max_new_tokens": 24, "temperature": 0}
+    with Engine(context_length=256) as running:
+        whole = running.generate("def add(", greedy)
+        assert running.tokenizer is not None
+        assert whole["text"] == running.tokenizer.decode(whole["output_ids"])
+        *_, streamed = running.generate("def add(", greedy, stream=True)
+        assert streamed["text"] == whole["text"]
+
+        stop = whole["text"][5:9]
+        stopped = running.generate(["def add("], greedy | {"stop": stop})[0]
+        assert stopped["text"] == whole["text"][: whole["text"].index(stop)]
+        assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+        num_tokens = stopped["meta_info"]["completion_tokens"]
+        assert stopped["output_ids"] == whole["output_ids"][:num_tokens]
+        assert stop in running.tokenizer.decode(stopped["output_ids"])
+        assert stop not in running.tokenizer.decode(stopped["output_ids"][:-1])

@@ -31,8 +31,7 @@ from ipc.output import (
 from ipc.request import EngineCoreRequest, OutputKind, SamplingParams, encode_add
 from ipc.utility import UtilityCall, UtilityReply, encode_utility
 
-settings.register_profile("wire", deadline=None)
-settings.load_profile("wire")
+unhurried = settings(deadline=None)
 
 text = st.text(max_size=20)
 name = st.text(min_size=1, max_size=20)
@@ -139,15 +138,20 @@ outputs = st.builds(
         )
     ),
     kv_transfer_params=nullable(plain_maps),
+    ec_transfer_params=nullable(plain_maps),
     trace_headers=plain,
     prefill_stats=nullable(
         st.builds(PrefillStats, num_prompt_tokens=counts, num_cached_tokens=counts)
     ),
+    routed_experts=plain,
     num_nans_in_logits=counts,
     mm_cache_miss_hashes=nullable(st.lists(text, max_size=2)),
+    new_sampling_mask=plain,
+    spec_decode_metrics=nullable(plain_maps),
+    prompt_token_id_logprobs=plain,
     error=nullable(st.builds(OutputError, text, text, st.booleans())),
 )
-streaming_outputs = st.builds(EngineCoreOutput, text, token_ids)
+streaming_outputs = st.tuples(text, token_ids).map(lambda pair: EngineCoreOutput(*pair))
 
 scheduler_stats = st.builds(
     SchedulerStats,
@@ -175,27 +179,32 @@ replies = st.builds(UtilityReply, call_id=call_ids, result=plain) | st.builds(
 )
 
 
+@unhurried
 @given(requests)
 def test_a_request_survives_the_wire(request: EngineCoreRequest) -> None:
     assert decode_input(encode_add(request)) == request
 
 
+@unhurried
 @given(sampling_params)
 def test_sampling_params_survive_the_wire(params: SamplingParams) -> None:
     assert SamplingParams.from_wire(unpack(params.to_wire())) == params
     assert dataclasses.replace(params) == params
 
 
+@unhurried
 @given(st.lists(name))
 def test_an_abort_survives_the_wire(request_ids: list[str]) -> None:
     assert decode_input(encode_abort(request_ids)) == Abort(tuple(request_ids))
 
 
+@unhurried
 @given(st.builds(UtilityCall, counts, call_ids, text, st.lists(plain, max_size=4).map(tuple)))
 def test_a_utility_call_survives_the_wire(call: UtilityCall) -> None:
     assert decode_input(encode_utility(call)) == call
 
 
+@unhurried
 @given(batches, st.booleans())
 def test_a_batch_of_outputs_survives_the_wire_in_both_shapes(
     batch: EngineCoreOutputs, full: bool
@@ -203,35 +212,40 @@ def test_a_batch_of_outputs_survives_the_wire_in_both_shapes(
     assert decode_outputs(encode_outputs(batch, full=full)) == batch
 
 
+@unhurried
 @given(replies, st.booleans())
 def test_a_utility_reply_survives_the_wire_in_both_shapes(reply: UtilityReply, full: bool) -> None:
     message = EngineCoreOutputs(outputs=[], utility_output=reply)
     assert decode_outputs(encode_outputs(message, full=full)) == message
 
 
+@unhurried
 @given(st.builds(Hello, st.booleans(), st.booleans()))
 def test_a_hello_survives_the_wire(hello: Hello) -> None:
     assert decode_handshake(hello.encode()) == hello
 
 
+@unhurried
 @given(st.builds(Ready, st.booleans(), st.booleans(), nullable(text)))
 def test_a_ready_survives_the_wire(ready: Ready) -> None:
     assert decode_handshake(ready.encode()) == ready
 
 
+@unhurried
 @given(
     st.lists(st.tuples(text, text), min_size=1, max_size=3),
     st.none() | text,
     plain_maps,
 )
 def test_an_init_survives_the_wire(
-    addresses: list[tuple[str, str]], coordinator: str | None, parallel_config: dict[str, object]
+    addresses: list[tuple[str, str]], coordinator: str | None, parallel_config: dict[object, object]
 ) -> None:
     inputs, outputs = zip(*addresses, strict=True)
-    init = Init(inputs, outputs, coordinator, coordinator, None, {**parallel_config})
+    init = Init(inputs, outputs, coordinator, coordinator, None, parallel_config)
     assert Init.decode(init.encode()) == init
 
 
+@unhurried
 @given(st.data())
 def test_a_registration_survives_the_wire(data: st.DataObject) -> None:
     strategies: dict[str, st.SearchStrategy[object]] = {
@@ -252,6 +266,7 @@ def test_a_registration_survives_the_wire(data: st.DataObject) -> None:
     assert Registration.decode(registration.encode()) == registration
 
 
+@unhurried
 @given(
     st.builds(
         AbortReceipt,
@@ -273,6 +288,7 @@ def test_L5_any_receipt_survives_the_wire(receipt: AbortReceipt) -> None:
     assert AbortReceipt.from_wire(unpack(pack(receipt.to_wire()))) == receipt
 
 
+@unhurried
 @given(
     st.builds(
         EngineStatus,

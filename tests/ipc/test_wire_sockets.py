@@ -146,7 +146,8 @@ def test_a_free_port_is_chosen_and_told(context: zmq.Context[zmq.Socket[bytes]])
     router = bind_router(context, "tcp://127.0.0.1:*")
     address = bound_address(router)
     assert address.startswith("tcp://127.0.0.1:")
-    connect_dealer(context, address, b"\0\0").send(b"HELLO")
+    dealer = connect_dealer(context, address, b"\0\0")
+    dealer.send(b"HELLO")
     assert receive(router) == [b"\0\0", b"HELLO"]
 
 
@@ -155,7 +156,8 @@ def test_ipv6_addresses_are_bound_and_dialled(context: zmq.Context[zmq.Socket[by
         router = bind_router(context, "tcp://[::1]:*")
     except zmq.ZMQError as error:
         pytest.skip(f"this machine has no IPv6: {error}")
-    connect_dealer(context, bound_address(router), b"\0\0").send(b"HELLO")
+    dealer = connect_dealer(context, bound_address(router), b"\0\0")
+    dealer.send(b"HELLO")
     assert receive(router) == [b"\0\0", b"HELLO"]
 
 

@@ -96,6 +96,8 @@ class MockEngine:
         """
         self.rank = rank
         self.caesura = caesura
+        self.init: Init | None = None
+        """The addresses it was given, once it connected."""
         self.received: list[ReceivedFrame] = []
         self.on_message: Callable[[Message], None] | None = None
         """If set, takes every message in place of `next_add`, `next_abort`, `next_utility`."""
@@ -136,6 +138,7 @@ class MockEngine:
 
     def connect(self, init: Init) -> None:
         """Dial every input and output address, and begin to receive."""
+        self.init = init
         self._inputs = [
             connect_dealer(self._context, address, self._identity) for address in init.inputs
         ]
