@@ -1,5 +1,4 @@
-"""The engine process's command line: `python -P -m engine_core --handshake ADDRESS --rank N
---config JSON`.
+"""The engine process's command line: `python -P -m engine_core --handshake ADDRESS --config JSON`.
 
 Users rarely type it; launchers do. What a user can cause is answered with one line and exit status
 2, other failures with a traceback and status 1.
@@ -12,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from engine_core.process import EngineOptions, SetupError, run_engine
+from engine_core.launcher_watch import LauncherWatch
 from ipc.engine_config import SETUP_ERROR_PREFIX, EngineConfig
 from ipc.handshake import MAX_RANK
 from ipc.logs import configure_logging
@@ -44,7 +43,7 @@ def _config(text: str) -> EngineConfig:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def parse_arguments(arguments: list[str]) -> EngineOptions:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Options of an engine process. Prints one line and exits with status 2 if one is wrong."""
     parser = _Parser(
         prog="engine_core",
@@ -56,7 +55,7 @@ def parse_arguments(arguments: list[str]) -> EngineOptions:
     parser.add_argument("--rank", type=_rank, default=0, help="this engine's number (default 0)")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="started by the front end itself")
-    where.add_argument("--headless", action="store_true", help="started by somebody else (default)")
+    where.add_argument("--headless", action="store_true", help="started by others (default)")
     parser.add_argument(
         "--config", type=_config, required=True, metavar="JSON", help="an EngineConfig"
     )
@@ -71,29 +70,39 @@ def parse_arguments(arguments: list[str]) -> EngineOptions:
         action="store_true",
         help="end when stdin does, as it does with a launcher",
     )
-    parsed = parser.parse_args(arguments)
-    return EngineOptions(
-        handshake_address=parsed.handshake,
-        rank=parsed.rank,
-        local=parsed.local,
-        config=parsed.config,
-        num_local_engines=parsed.num_local_engines,
-        data_parallel_size=parsed.data_parallel_size,
-        die_with_stdin=parsed.die_with_stdin,
-    )
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Run an engine; returns its exit status."""
     # Until it serves, an engine has nothing to end in order: Ctrl-C ends it at once, like SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    options = parse_arguments(sys.argv[1:])
+    parsed = parse_arguments(sys.argv[1:])
     try:
-        configure_logging(f"engine {options.rank}")
-        return run_engine(options)
+        configure_logging(f"engine {parsed.rank}")
+    except ValueError as error:
+        return _fail(error)
+    launcher_watch = LauncherWatch() if parsed.die_with_stdin else None
+    # Imported only now: a launcher may be killed while this takes its time.
+    from engine_core.process import EngineOptions, SetupError, run_engine
+
+    options = EngineOptions(
+        handshake_address=parsed.handshake,
+        rank=parsed.rank,
+        local=parsed.local,
+        config=parsed.config,
+        num_local_engines=parsed.num_local_engines,
+        data_parallel_size=parsed.data_parallel_size,
+    )
+    try:
+        return run_engine(options, launcher_watch)
     except SetupError as error:
-        print(f"{SETUP_ERROR_PREFIX}{error}", file=sys.stderr)
-        return 2
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    print(f"{SETUP_ERROR_PREFIX}{error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -20,30 +20,29 @@ _GRACE_S = 1.0
 """How long the engine may take to end its requests once its launcher is gone."""
 
 
-def end_with_launcher(request_shutdown: Callable[[], None]) -> None:
-    """Watch the launcher from now on; when it is gone call `request_shutdown`, and leave at the
-    latest a second later.
+class LauncherWatch:
+    """Watches from its creation on; an engine that still starts is ended at once."""
 
-    `request_shutdown` runs on the watching thread.
-    """
-    _ask_kernel_to_kill_us()
-    threading.Thread(
-        target=_wait_for_end_of_stdin, args=(request_shutdown,), name="launcher-watch", daemon=True
-    ).start()
+    def __init__(self) -> None:
+        self._request_shutdown: Callable[[], None] | None = None
+        # Where there is no such call, as on other systems than Linux, stdin alone tells.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        threading.Thread(target=self._run, name="launcher-watch", daemon=True).start()
 
+    def shut_down_first(self, request_shutdown: Callable[[], None]) -> None:
+        """From now on let the engine end its requests; it is ended when that takes too long.
 
-def _ask_kernel_to_kill_us() -> None:
-    # Where there is no such call, as on other systems than Linux, stdin alone tells.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        `request_shutdown` is called on the watching thread.
+        """
+        self._request_shutdown = request_shutdown
 
-
-def _wait_for_end_of_stdin(request_shutdown: Callable[[], None]) -> None:
-    try:
-        while os.read(0, 4096):
-            pass
-    except OSError:
-        pass  # A stdin that cannot be read is as good as closed.
-    request_shutdown()
-    time.sleep(_GRACE_S)
-    os._exit(0)
+    def _run(self) -> None:
+        # A stdin that cannot be read is as good as closed.
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        if self._request_shutdown is not None:
+            self._request_shutdown()
+            time.sleep(_GRACE_S)
+        os._exit(0)

@@ -21,7 +21,7 @@ from engine_core.core import EngineCore
 from engine_core.frontend_link import FrontendLink, LinkError
 from engine_core.intake import Intake, Shutdown
 from engine_core.io_threads import Farewell, InputThread, OutputThread
-from engine_core.launcher_watch import end_with_launcher
+from engine_core.launcher_watch import LauncherWatch
 from engine_core.loading import load_core
 from engine_core.step_loop import StepLoop
 from ipc.engine_config import EngineConfig
@@ -45,27 +45,26 @@ class EngineOptions:
     num_local_engines: int
     """Engines that share this machine's cores and memory."""
     data_parallel_size: int
-    die_with_stdin: bool
 
 
 class SetupError(Exception):
     """The engine cannot start as configured; the message is one line for the user."""
 
 
-def run_engine(options: EngineOptions) -> int:
+def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = None) -> int:
     """Run one engine until it is told to end; returns the exit status.
 
     Raises SetupError if it cannot begin to serve.
     """
     intake = Intake()
-    if options.die_with_stdin:
-        end_with_launcher(lambda: intake.put(Shutdown("the launcher is gone")))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         link = FrontendLink(context, options.handshake_address, options.rank, local=options.local)
         init = link.say_hello()
         core, dtype = _load(options)
         _shut_down_on_signals(intake)
+        if launcher_watch is not None:
+            launcher_watch.shut_down_first(lambda: intake.put(Shutdown("the launcher is gone")))
         link.connect(init, _registration(options, core, dtype, init))
     except LinkError as error:
         raise SetupError(str(error)) from error

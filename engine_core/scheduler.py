@@ -111,7 +111,7 @@ class Scheduler:
         while index < len(self.running):
             request = self.running[index]
             computed = request.num_computed_tokens
-            # A chunk of prefill leaves a token of budget for every row behind it: no decode starves.
+            # A chunk of prefill leaves a token of budget for each row behind it: none starves.
             num_behind = len(self.running) - index - 1
             num_new = min(len(request.token_ids) - computed, budget - num_behind)
             has_room = computed + num_new <= len(request.block_ids) * self.config.block_size

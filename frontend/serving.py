@@ -54,7 +54,7 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
 async def serve_on(
     listener: socket.socket, engine: AsyncEngine, http: HttpConfig, stop: asyncio.Future[None]
 ) -> None:
-    """Serve a started engine until `stop` is done; then end its requests, the engine, the server."""
+    """Serve a started engine until `stop` is done; then end its requests, it and the server."""
     server = _Server(
         uvicorn.Config(
             create_app(engine, http.api_key),

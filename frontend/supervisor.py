@@ -76,12 +76,9 @@ class EngineSupervisor:
         command = [sys.executable, "-P", "-m", "engine_core"]
         command += ["--handshake", self._handshake_address, "--rank", str(rank)]
         command += ["--local" if self._local else "--headless", "--die-with-stdin"]
-        command += [
-            "--num-local-engines",
-            str(len(self._ranks)),
-            "--config",
-            self._config.to_json(),
-        ]
+        command += ["--num-local-engines", str(len(self._ranks))]
+        command += ["--data-parallel-size", str(self._data_parallel_size)]
+        command += ["--config", self._config.to_json()]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

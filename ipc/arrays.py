@@ -8,7 +8,7 @@ bytes are exactly its shape times its item size; objects are refused.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -50,11 +50,12 @@ def encode_array(array: Array, aux: list[bytes], *, as_tensor: bool = False) -> 
             f"array: dtype {array.dtype} cannot cross the wire; "
             f"convert it to one of {', '.join(_TORCH_NAMES)}"
         )
-    data: object = array.tobytes()
-    if array.nbytes < INLINE_LIMIT_BYTES:
-        data = array_data(data)
+    content = array.tobytes()
+    data: object
+    if len(content) < INLINE_LIMIT_BYTES:
+        data = array_data(content)
     else:
-        aux.append(data)
+        aux.append(content)
         data = len(aux)
     return [_TORCH_NAMES[name] if as_tensor else name, array.shape, data]
 
@@ -68,22 +69,22 @@ def decode_array(value: object, frames: Frames, path: str) -> Array:
     dtype = _DTYPES.get(name) if type(name) is str else None
     if dtype is None:
         raise mismatch(f"{path}.dtype", name, f"one of {', '.join(_DTYPES)}")
-    dimensions = cast(list[int], expect.array(shape, f"{path}.shape"))
-    buffer = _data(data, frames, f"{path}.data")
-    try:
-        # NumPy checks all but that no dimension is negative and that no bytes are left over.
-        array: Array = np.ndarray(dimensions, dtype, buffer)
-        if min(dimensions, default=0) >= 0 and array.nbytes == buffer.nbytes:
-            return array
-    except (ValueError, TypeError):
-        pass
+    buffer = _data(data, frames, path)
+    if type(shape) is list:
+        try:
+            # NumPy checks all but that no size is negative and that no bytes are left over.
+            array: Array = np.ndarray(shape, dtype, buffer)
+            if min(shape, default=0) >= 0 and array.nbytes == buffer.nbytes:
+                return array
+        except (ValueError, TypeError):
+            pass
     raise mismatch(f"{path}.shape", shape, f"the shape of {buffer.nbytes} bytes of {dtype.name}")
 
 
 def _data(value: object, frames: Frames, path: str) -> memoryview:
-    if type(value) is msgpack.ExtType:
+    if isinstance(value, msgpack.ExtType):
         return memoryview(value.data)
     if type(value) is int and 1 <= value < len(frames):
         return memoryview(frames[value]).toreadonly()
     expected = f"extension type {ARRAY_EXT_TYPE} or the number of an auxiliary frame"
-    raise mismatch(path, value, f"{expected} (the message has {len(frames) - 1})")
+    raise mismatch(f"{path}.data", value, f"{expected} (the message has {len(frames) - 1})")

@@ -63,7 +63,10 @@ def unpack(payload: Frame) -> object:
 
 
 def refuse_unknown_extension(code: int, data: bytes) -> object:
-    """The unpacker's hook: lets raw array bytes pass and nothing else."""
+    """The unpacker's hook: lets raw array bytes pass and nothing else.
+
+    (MessagePack's own timestamps never come here; they fail whatever check their field has.)
+    """
     if code != ARRAY_EXT_TYPE:
         kind = " (a pickle)" if code in (1, 2) else ""
         raise WireError(

@@ -20,11 +20,10 @@ _CLIENT_INDEX_OF_ADD = 11
 
 
 class InputError(WireError):
-    """An input message that cannot be acted upon, with what could still be read of it (None: not
-    readable).
+    """An input message that cannot be acted upon, with what could still be read of it.
 
     A `request_id` wants a terminal output with finish reason error, a `call_id` a failed utility
-    reply; both go to `client_index`.
+    reply; both go to `client_index`. None: not readable.
     """
 
     def __init__(
@@ -62,10 +61,8 @@ def decode_input(frames: Frames) -> EngineCoreRequest | Abort | UtilityCall:
 def _with_sender(error: WireError, kind: bytes, payload: Frame) -> InputError:
     message = str(error)
     if kind == RequestType.ADD.frame:
-        request_id, client_index = (
-            _peek(payload, 0),
-            _peek(payload, _CLIENT_INDEX_OF_ADD, default=0),
-        )
+        request_id = _peek(payload, 0)
+        client_index = _peek(payload, _CLIENT_INDEX_OF_ADD, default=0)
         return InputError(message, request_id=_text(request_id), client_index=_index(client_index))
     if kind == RequestType.UTILITY.frame:
         client_index, call_id = _peek(payload, 0), _peek(payload, 1)

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from kernels.cpu_runtime import (
     CACHE_LINE_BYTES,
+    LOG2_E,
     runs_parallel,
     element_of,
     exp2,
@@ -49,9 +50,8 @@ from kernels.cpu_runtime import (
     widen,
 )
 
-LOG2_E = 1.4426950408889634
 KEYS_PER_STEP = 64
-QUERIES_PER_TILE = 16
+QUERIES_PER_TILE = 32
 """Queries (tokens * G) a tile aims at: enough to reuse a page from L1, few enough to stay there."""
 
 

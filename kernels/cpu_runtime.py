@@ -29,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
 CACHE_LINE_BYTES = 64
+LOG2_E = 1.4426950408889634
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS
 SERIAL_BELOW_FLOP = 1 << 20
 """Work worth less than this (some 30 us on one core) is not worth waking other threads for."""

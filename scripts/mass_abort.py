@@ -94,7 +94,7 @@ class Report:
     """Free or cached, of all engines."""
     blocks_free_after: int
     abort_to_free_ms: float
-    """From issuing the abort-all until every block was free again."""
+    """From issuing the abort-all to its receipt, which comes after the blocks are free."""
 
     @property
     def is_clean(self) -> bool:
@@ -240,13 +240,11 @@ def run_workers(config: FrontendConfig, plan: Plan) -> Report:
         tally.close()
         actual, aborted_s = tally.num_completed, time.perf_counter()
         engine.abort_request(abort_all=True)
-        after = num_free_blocks(engine.status())
         abort_to_free_s = time.perf_counter() - aborted_s
         for thread in threads:
             thread.join()
         tally.show_progress()
-        # A request that a thread was about to submit ran on; now nothing does.
-        after = max(after, num_free_blocks(engine.status()))
+        after = num_free_blocks(engine.status())
         return tally.report(
             actual=actual, before=before, after=after, abort_to_free_s=abort_to_free_s
         )
@@ -280,11 +278,11 @@ async def run_inflight(config: FrontendConfig, plan: Plan) -> Report:
         await is_target_reached.wait()
         actual, aborted_s = tally.num_completed, time.perf_counter()
         await engine.abort(abort_all=True)
-        after = num_free_blocks(await engine.status())
         abort_to_free_s = time.perf_counter() - aborted_s
         await asyncio.gather(*finishing)
         progress.cancel()
         tally.show_progress()
+        after = num_free_blocks(await engine.status())
         return tally.report(
             actual=actual, before=before, after=after, abort_to_free_s=abort_to_free_s
         )

@@ -46,8 +46,9 @@ def model_directory(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError) as error:
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"model={model!r} is not a directory, and the hub did not give it: {error}"
+            f"model={model!r} is not a directory, and the hub did not give it: {reason}"
         ) from error
 
 

@@ -106,7 +106,7 @@ permissive); the weights, being derived from it, are given under the same licenc
 {shape.intermediate}, {shape.heads} query heads and {shape.kv_heads} key and value heads of
 {shape.head_dim}, tied embeddings, {shape.vocab} tokens, {shape.max_positions} positions,
 bfloat16. The tokenizer is a byte-level BPE: every byte has a token, so any text comes back
-exactly; a digit is a token each, and a run of spaces is one token.
+exactly; each digit is a token, and so is a run of up to 31 spaces.
 
 `<|endoftext|>` ends and precedes a document; `<|im_start|>` and `<|im_end|>` delimit chat turns.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from engine_core.core import Input
 from engine_core.fake_runner import expected_tokens
 from ipc.output import FinishReason
 from ipc.request import EngineCoreRequest, SamplingParams
@@ -273,7 +274,7 @@ def test_resetting_the_prefix_cache_is_refused_while_requests_run() -> None:
 
 def test_a_reply_follows_what_was_said_before_it_and_stands_alone() -> None:
     driver = CoreDriver()
-    messages = [
+    messages: list[tuple[int, Input]] = [
         (0, request("bad", prompt_token_ids=[])),
         (0, UtilityCall(0, 2**64 - 1, "is_sleeping", ())),
         (0, request("bad too", prompt_token_ids=[])),

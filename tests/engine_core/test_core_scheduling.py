@@ -5,6 +5,8 @@ The fake runner reads its tokens back through the block tables, so right tokens 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engine_core.config import SchedulerConfig
@@ -103,7 +105,7 @@ def test_outputs_extend_a_cached_prefix() -> None:
     ],
 )
 def test_the_prefix_cache_is_not_read_when_it_must_not_be(
-    limits: dict[str, object], request_fields: dict[str, object], sampling: dict[str, object]
+    limits: dict[str, Any], request_fields: dict[str, Any], sampling: dict[str, Any]
 ) -> None:
     driver = CoreDriver(**limits)
     prompt = list(range(20))
@@ -170,7 +172,7 @@ def test_a_pool_that_cannot_hold_one_full_request_is_refused_with_the_remedy() -
         ({"max_num_batched_tokens": 4}, r"max_num_batched_tokens=4 is below max_num_seqs=8"),
     ],
 )
-def test_impossible_limits_are_refused(limits: dict[str, int], message: str) -> None:
+def test_impossible_limits_are_refused(limits: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CoreDriver(**limits)
 

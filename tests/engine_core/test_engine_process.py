@@ -265,7 +265,8 @@ async def test_every_client_is_answered_on_its_own_socket_and_a_coordinator_is_j
             call = UtilityCall(index, 5 + index, "get_supported_tasks")
             await socket.send_multipart([identity, *encode_utility(call)])
         for index, socket in enumerate(outputs):
-            request_ids, call_ids = [], []
+            request_ids: list[str] = []
+            call_ids: list[int] = []
             while not (request_ids and call_ids):
                 message = decode_outputs(await socket.recv_multipart())
                 assert message.engine_index == 3

@@ -275,6 +275,11 @@ def test_a_slot_forgets_its_former_sequence() -> None:
     assert sample(sampler, logits, [0], [1]) == ([0], {})
     join(sampler, 0, SamplingParams(temperature=0.0, frequency_penalty=0.4), outputs=[0])
     assert sample(sampler, logits, [0], [2])[0] == [0]
+    repetition = SamplingParams(temperature=0.0, repetition_penalty=1.5)
+    join(sampler, 0, repetition, prompt=[0])
+    assert sample(sampler, logits, [0], [1])[0] == [1]
+    join(sampler, 0, repetition, prompt=[4])
+    assert sample(sampler, logits, [0], [1])[0] == [0]
 
 
 class RecordedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -60,7 +60,9 @@ def test_L7_a_batch_of_inactive_ids_sends_nothing() -> None:
     assert filled("a", "b").drain(lambda _: None) == ([], {})
 
 
-@pytest.mark.parametrize(("num_ids", "sizes"), [(1024, [1024]), (1025, [1024, 1]), (3000, [1024, 1024, 952])])
+@pytest.mark.parametrize(
+    ("num_ids", "sizes"), [(1024, [1024]), (1025, [1024, 1]), (3000, [1024, 1024, 952])]
+)
 def test_L7_long_lists_are_split(num_ids: int, sizes: list[int]) -> None:
     ids = [str(number) for number in range(num_ids)]
     frames, _ = filled(*ids).drain(lambda _: 0)

@@ -8,21 +8,19 @@ import time
 import numpy as np
 import pytest
 
-from frontend.async_engine import AsyncEngine
-from frontend.errors import DuplicateRequestIdError, EngineDeadError, EngineStartupError
+from frontend.errors import DuplicateRequestIdError, EngineDeadError
 from frontend.outputs import RequestOutput
 from frontend.sampling_params import SamplingParams
 from frontend.stream import RequestStream
 from ipc.codec import pack
 from ipc.lifecycle import AbortReceipt
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, LogprobsLists
-from tests.support.mock_engine import MockEngine
-from tests.support.mock_fleet import mock_fleet, mock_fleet_config
+from tests.support.mock_fleet import assert_serves, mock_fleet, one_stream_each
 
 BAD_FRAMES = {
     "no msgpack": [b"\xc1\xc1"],
     "not an array": [pack({"outputs": []})],
-    "pickled data": [b"\x99\x00\x91\xc7\x01\x01\x00"],
+    "pickled data": [b"\x94\x00\x91\x93\xa1x\x91\x01\xd4\x01\x00\xc0\xcb" + bytes(8)],
     "outputs that are no list": [pack([0, 7, None, 1.5])],
     "an output without an id": [pack([0, [[None, [1]]], None, 1.5])],
     "a token that is no integer": [pack([0, [["x", ["one"]]], None, 1.5])],
@@ -34,29 +32,6 @@ ONE_LOGPROB = LogprobsLists(
 )
 
 
-async def one_stream_each(
-    frontend: AsyncEngine, engines: list[MockEngine]
-) -> list[tuple[str, RequestStream]]:
-    """For each engine one stream that has delivered the tokens 7 and 8: (internal id, stream)."""
-    streams = {}
-    for index in range(len(engines)):
-        name = f"fault-{index}"
-        streams[name] = frontend.generate(
-            prompt_token_ids=[1, 2],
-            request_id=name,
-            sampling_params=SamplingParams(max_tokens=100),
-        )
-    opened = []
-    for engine in engines:
-        request = await engine.next_add()
-        assert request.external_req_id is not None
-        stream = streams[request.external_req_id]
-        await engine.send_tokens(request.request_id, [7, 8])
-        assert list((await asyncio.wait_for(anext(stream), 5)).token_ids) == [7, 8]
-        opened.append((request.request_id, stream))
-    return opened
-
-
 async def assert_ended_with_error(stream: RequestStream) -> None:
     """The stream yields one terminal, an error that tells why, within a second."""
     rest = await asyncio.wait_for(collect(stream), 1)
@@ -66,13 +41,6 @@ async def assert_ended_with_error(stream: RequestStream) -> None:
 
 async def collect(stream: RequestStream) -> list[RequestOutput]:
     return [out async for out in stream]
-
-
-async def assert_serves(engine: MockEngine, request_id: str, stream: RequestStream) -> None:
-    """The engine's request goes on, and ends as if nothing had happened."""
-    await engine.send_tokens(request_id, [9], finish=FinishReason.LENGTH)
-    result = await asyncio.wait_for(stream.result(), 5)
-    assert result.finish_reason == "length"
 
 
 @pytest.mark.parametrize("frames", BAD_FRAMES.values(), ids=BAD_FRAMES.keys())
@@ -289,83 +257,3 @@ async def test_L8_an_external_id_may_be_used_again_once_its_terminal_is_out() ->
             internal_ids.append(request.request_id)
             await assert_serves(engine, request.request_id, stream)
         assert internal_ids[0] != internal_ids[1], "an engine must never see an id twice"
-
-
-async def test_L12_a_repeated_hello_is_refused_and_disturbs_neither_start_nor_service(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = mock_fleet_config(1)
-    starting = asyncio.create_task(AsyncEngine.start(config))
-    engine = MockEngine(config.handshake_tcp_address)
-    second = MockEngine(config.handshake_tcp_address)
-    try:
-        await engine.say("HELLO")
-        init = await engine.receive_init()
-        await engine.say("HELLO")
-        engine.connect(init)
-        await engine.register()
-        await engine.say("READY")
-        frontend = await asyncio.wait_for(starting, 10)
-        [(request_id, stream)] = await one_stream_each(frontend, [engine])
-        await second.say("HELLO")
-        with pytest.raises(TimeoutError):
-            await second.receive_init(timeout_s=0.2)
-        await assert_serves(engine, request_id, stream)
-        await frontend.shutdown()
-    finally:
-        starting.cancel()
-        await engine.vanish()
-        await second.vanish()
-    assert sum("HELLO again" in record.getMessage() for record in caplog.records) == 2
-
-
-@pytest.mark.parametrize("payload", [b"", b"\xc1", pack({}), pack({"max_model_len": "long"})])
-async def test_L12_an_engine_that_registers_wrongly_may_try_again(payload: bytes) -> None:
-    config = mock_fleet_config(1)
-    starting = asyncio.create_task(AsyncEngine.start(config))
-    engine = MockEngine(config.handshake_tcp_address)
-    try:
-        await engine.say("HELLO")
-        engine.connect(await engine.receive_init())
-        await engine.register(payload)
-        await asyncio.sleep(0.1)
-        assert not starting.done()
-        await engine.register()
-        await engine.say("READY")
-        frontend = await asyncio.wait_for(starting, 10)
-        [(request_id, stream)] = await one_stream_each(frontend, [engine])
-        await assert_serves(engine, request_id, stream)
-        await frontend.shutdown()
-    finally:
-        starting.cancel()
-        await engine.vanish()
-
-
-async def test_L12_an_engine_with_an_unexpected_rank_does_not_disturb_the_start() -> None:
-    config = mock_fleet_config(1)
-    starting = asyncio.create_task(AsyncEngine.start(config))
-    stranger = MockEngine(config.handshake_tcp_address, rank=5)
-    engine = MockEngine(config.handshake_tcp_address)
-    try:
-        await stranger.say("HELLO")
-        await engine.start()
-        frontend = await asyncio.wait_for(starting, 10)
-        [(request_id, stream)] = await one_stream_each(frontend, [engine])
-        await assert_serves(engine, request_id, stream)
-        await frontend.shutdown()
-    finally:
-        starting.cancel()
-        await stranger.vanish()
-        await engine.vanish()
-
-
-async def test_L12_a_start_without_engines_fails_in_time_and_says_which_is_missing() -> None:
-    config = mock_fleet_config(2, startup_timeout_s=0.5)
-    engine = MockEngine(config.handshake_tcp_address, rank=0)
-    starting = asyncio.create_task(AsyncEngine.start(config))
-    try:
-        await engine.start()
-        with pytest.raises(EngineStartupError, match="engines 1 "):
-            await asyncio.wait_for(starting, 5)
-    finally:
-        await engine.vanish()

@@ -75,8 +75,7 @@ async def test_with_a_stream_interval_the_first_token_comes_at_once_and_others_i
     sizes: list[int] = []
 
     async def read() -> None:
-        async for output in stream:
-            sizes.append(len(output.token_ids))
+        sizes.extend([len(output.token_ids) async for output in stream])
 
     reader = asyncio.ensure_future(read())
     for token_id in range(8):

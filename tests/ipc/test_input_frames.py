@@ -219,6 +219,11 @@ def test_a_message_without_a_payload_is_refused(frames: list[bytes]) -> None:
     assert "expected a type byte and a payload" in str(refusal(frames))
 
 
+def test_decoding_an_add_alone_needs_its_payload_too() -> None:
+    with pytest.raises(WireError, match="the payload frame is missing"):
+        decode_add([ADD])
+
+
 @pytest.mark.parametrize("kind", [b"", b"\x02", b"\x04", b"\x05", b"\xff", b"\x00\x00", b"ADD"])
 def test_an_unknown_type_byte_is_refused_and_named(kind: bytes) -> None:
     error = refusal([kind, pack(add_payload())])

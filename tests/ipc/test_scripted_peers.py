@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,7 +13,7 @@ from ipc.lifecycle import CAESURA_ABORT, AbortReceipt
 from ipc.output import FinishReason
 from tests.support.auto_answers import AutoAnswers, mock_tokens
 from tests.support.mock_engine import MockEngine
-from tests.support.scripted_frontend import ScriptedFrontend, UtilityError
+from tests.support.scripted_frontend import REPOSITORY, ScriptedFrontend, UtilityError
 
 
 @contextlib.asynccontextmanager
@@ -126,3 +127,19 @@ async def test_automatic_answers_finish_abort_and_account_for_requests() -> None
         assert receipt.requests["told"].num_output_tokens == 1 + len(told.new_token_ids)
         assert all(output.finish_reason is None for output in frontend.unread("silent"))
         assert (await frontend.status()).num_running == 0
+
+
+async def test_the_scripted_engine_runs_as_a_process() -> None:
+    async with ScriptedFrontend() as frontend:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "tests.support.mock_engine", "--rank", "3"),
+            *("--handshake", frontend.handshake_address, "--step-time-ms", "1"),
+            cwd=REPOSITORY,
+        )
+        try:
+            await frontend.accept(1, 20)
+            await frontend.add("a", [7], rank=3, max_tokens=3)
+            assert (await frontend.collect("a")).new_token_ids == mock_tokens([7], 3)
+        finally:
+            process.kill()
+            await process.wait()

@@ -1,9 +1,9 @@
 """Drives an `EngineCore` by hand: no process, no sockets, time that only moves when told to.
 
-    driver = CoreDriver(max_num_seqs=4)
-    driver.add("a", [1, 2, 3], max_tokens=5)
-    driver.run()
-    assert driver.tokens["a"] == expected_tokens([1, 2, 3], 5)
+driver = CoreDriver(max_num_seqs=4)
+driver.add("a", [1, 2, 3], max_tokens=5)
+driver.run()
+assert driver.tokens["a"] == expected_tokens([1, 2, 3], 5)
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ from typing import Any
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
+from frontend.sampling_params import SamplingParams
+from frontend.stream import RequestStream
+from ipc.output import FinishReason
 from tests.support.mock_engine import MockEngine
 
 START_TIMEOUT_S = 20.0
@@ -65,3 +68,33 @@ async def mock_fleet(
             await frontend.shutdown()
             for engine in engines:
                 await engine.vanish()
+
+
+async def one_stream_each(
+    frontend: AsyncEngine, engines: list[MockEngine]
+) -> list[tuple[str, RequestStream]]:
+    """For each engine one stream that has delivered the tokens 7 and 8: (internal id, stream)."""
+    streams = {}
+    for index in range(len(engines)):
+        name = f"stream-{index}"
+        streams[name] = frontend.generate(
+            prompt_token_ids=[1, 2],
+            request_id=name,
+            sampling_params=SamplingParams(max_tokens=100),
+        )
+    opened = []
+    for engine in engines:
+        request = await engine.next_add()
+        assert request.external_req_id is not None
+        stream = streams[request.external_req_id]
+        await engine.send_tokens(request.request_id, [7, 8])
+        assert list((await asyncio.wait_for(anext(stream), 5)).token_ids) == [7, 8]
+        opened.append((request.request_id, stream))
+    return opened
+
+
+async def assert_serves(engine: MockEngine, request_id: str, stream: RequestStream) -> None:
+    """The engine's request goes on, and ends as if nothing had happened."""
+    await engine.send_tokens(request_id, [9], finish=FinishReason.LENGTH)
+    result = await asyncio.wait_for(stream.result(), 5)
+    assert result.finish_reason == "length"

@@ -1,11 +1,11 @@
 """An engine and its HTTP server on the test's own event loop, over a real TCP socket.
 
-    async with served_engine(FrontendConfig(engine=EngineConfig(model="none", runner="fake"))) as served:
-        answer = await served.http.post("/v1/completions", json={"prompt": [1, 2], "max_tokens": 4})
+    async with served_engine(FrontendConfig()) as served:
+        answer = await served.http.post("/v1/completions", json={"prompt": "def "})
         assert served.engine.num_live_requests == 0
 
-What a client sees and what the engine holds can be asserted side by side. For clients that misbehave,
-`served.connect` gives a plain socket.
+What a client sees and what the engine holds can be asserted side by side. For clients that
+misbehave, `served.connect` gives a plain socket.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ class ServedEngine:
         payload = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
         await asyncio.get_running_loop().sock_sendall(connection, head.encode() + payload)
+
+    async def wait_for_live_requests(self, number: int, timeout_s: float = 5.0) -> None:
+        """Return when the front end has exactly so many requests."""
+        async with asyncio.timeout(timeout_s):
+            while self.engine.num_live_requests != number:  # noqa: ASYNC110  # no event to await
+                await asyncio.sleep(0.005)
 
     async def wait_until_idle(self, timeout_s: float = 5.0) -> None:
         """Return when neither the front end nor an engine has a request any more."""
