@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
 from engine_core.outbox import Outbox, Outgoing
-from engine_core.request import Request
+from engine_core.request import Request, Stage
 from engine_core.scheduler import ScheduledStep, Scheduler
 from engine_core.utilities import Utilities
 from engine_core.validation import InvalidRequest, build_request
@@ -48,6 +49,10 @@ STATS_INTERVAL_S = 0.1
 idle.
 """
 DEFAULT_WEIGHT_VERSION = "default"
+
+
+NUM_IDS_LOGGED = 4
+"""Aborts of so few requests name each of them; larger ones do at debug level."""
 
 
 class EngineCore:
@@ -140,89 +145,70 @@ class EngineCore:
     # -- aborts --------------------------------------------------------------------------------
 
     def _abort_silently(self, client_index: int, message: Abort) -> None:
-        """An ABORT frame: the named requests end without an output; unknown ids are nothing
-        special.
-        """
+        """An ABORT frame: the named requests end without an output; unknown ids are ignored."""
         self.counters["abort_frames"] += 1
-        aborted = [
-            request
+        ended = [
+            self._end(request)
             for request_id in message.request_ids
-            if (request := self._take(client_index, request_id)) is not None
+            if (request := self._find(client_index, request_id)) is not None
         ]
         logger.info(
-            "abort frame of client %d: %d ids, %d requests ended",
+            "abort frame of client %d with %d ids ended %s",
             client_index,
             len(message.request_ids),
-            len(aborted),
+            _describe(ended),
         )
 
     def abort_with_receipt(
         self, client_index: int, request_ids: Iterable[str], cause: str, outbox: Outbox
     ) -> AbortReceipt:
-        """`caesura_abort`: ends each live request with a terminal output and tells what became of
-        it.
-        """
+        """`caesura_abort`: ends each live request with a terminal output and tells of its fate."""
+        ended: list[_Ended] = []
         receipts: dict[str, RequestReceipt] = {}
-        num_freed = num_cached = 0
-        for request_id in request_ids:
-            if request_id in receipts:
+        for request_id in dict.fromkeys(request_ids):
+            request = self._find(client_index, request_id)
+            if request is None:
+                receipts[request_id] = RequestReceipt("unknown")
                 continue
-            request = self._requests.get(request_id)
-            if request is None or request.client_index != client_index:
-                receipts[request_id] = RequestReceipt("unknown", 0, "")
-                continue
-            receipts[request_id] = RequestReceipt(
-                "aborted", request.num_output_tokens, request.stage.value
-            )
-            freed, cached = self._end(request)
-            num_freed += freed
-            num_cached += cached
-            outbox.add(
-                client_index, EngineCoreOutput(request_id, (), finish_reason=FinishReason.ABORT)
-            )
-        num_aborted = sum(receipt.status == "aborted" for receipt in receipts.values())
+            one = self._end(request)
+            ended.append(one)
+            receipts[request_id] = RequestReceipt("aborted", one.num_output_tokens, one.stage.value)
+            outbox.add(client_index, _aborted(request_id))
+        receipt = AbortReceipt(
+            receipts,
+            num_blocks_freed=sum(one.num_blocks_freed for one in ended),
+            num_blocks_cached=sum(one.num_blocks_cached for one in ended),
+        )
         logger.info(
-            "abort call of client %d (%s): %d ids, %d ended, %d blocks freed, %d kept cached",
+            "abort call of client %d (%s) with %d ids ended %s; %d blocks freed, %d kept cached",
             client_index,
             cause,
             len(receipts),
-            num_aborted,
-            num_freed,
-            num_cached,
+            _describe(ended),
+            receipt.num_blocks_freed,
+            receipt.num_blocks_cached,
         )
-        return AbortReceipt(receipts, num_freed, num_cached)
+        return receipt
 
-    def _take(self, client_index: int, request_id: str) -> Request | None:
-        """End a request if it is live and this client's."""
+    def _find(self, client_index: int, request_id: str) -> Request | None:
+        """A live request, if it is this client's."""
         request = self._requests.get(request_id)
-        if request is None or request.client_index != client_index:
-            return None
-        self._end(request)
-        return request
+        return request if request is not None and request.client_index == client_index else None
 
-    def _end(self, request: Request) -> tuple[int, int]:
-        """End a live request at a boundary. Returns (blocks freed, blocks left in the prefix
-        cache).
-        """
-        logger.debug(
-            "request %s ended at a boundary: stage %s, %d output tokens",
-            request.request_id,
-            request.stage,
-            request.num_output_tokens,
-        )
+    def _end(self, request: Request) -> _Ended:
+        """End a live request at a boundary."""
+        stage, num_output_tokens = request.stage, request.num_output_tokens
         del self._requests[request.request_id]
         self.counters["requests_aborted"] += 1
-        return self.scheduler.remove(request)
+        freed, cached = self.scheduler.remove(request)
+        return _Ended(request.request_id, stage, num_output_tokens, freed, cached)
 
     def abort_everything(self, now: float) -> list[Outgoing]:
         """The engine is shutting down: every live request ends with `abort`, told to its client."""
         outbox = Outbox(self._engine_index, now)
         for request in list(self._requests.values()):
             self._end(request)
-            outbox.add(
-                request.client_index,
-                EngineCoreOutput(request.request_id, (), finish_reason=FinishReason.ABORT),
-            )
+            outbox.add(request.client_index, _aborted(request.request_id))
         return outbox.frames()
 
     # -- a step --------------------------------------------------------------------------------
@@ -324,3 +310,27 @@ def _prefill_stats(request: Request) -> PrefillStats | None:
         num_cached_tokens=num_cached,
         num_local_cached_tokens=num_cached,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What an abort found of a request, and what came of its blocks."""
+
+    request_id: str
+    stage: Stage
+    num_output_tokens: int
+    num_blocks_freed: int
+    num_blocks_cached: int
+
+
+def _aborted(request_id: str) -> EngineCoreOutput:
+    return EngineCoreOutput(request_id, finish_reason=FinishReason.ABORT)
+
+
+def _describe(ended: list[_Ended]) -> str:
+    """Aborted requests for the log: each by name if they are few, a storm as one number."""
+    names = [f"{one.request_id} ({one.stage}, {one.num_output_tokens} tokens)" for one in ended]
+    if 0 < len(names) <= NUM_IDS_LOGGED:
+        return ", ".join(names)
+    logger.debug("ended: %s", names)
+    return f"{len(ended)} requests"

@@ -232,7 +232,8 @@ class AsyncEngine:
         if len(token_ids) >= self.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {len(token_ids)} tokens, but the model's context holds "
-                f"max_model_len={self.max_model_len}, prompt and output together; shorten the prompt"
+                f"max_model_len={self.max_model_len}, prompt and output together; shorten the "
+                f"prompt"
             )
 
     def _drop_from_anywhere(self, internal_id: str) -> None:

@@ -32,6 +32,9 @@ from ipc.request import EngineCoreRequest, SamplingParams, encode_add
 
 logger = logging.getLogger(__name__)
 
+NUM_IDS_LOGGED = 4
+"""Flushes of so few ids name them in their log line; larger ones do at debug level."""
+
 _FINISH_REASONS: dict[FinishReason, FinishReasonName] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -228,11 +231,11 @@ class Dispatcher:
             else:
                 logger.debug("abort frame to engine %d: %s", frame.engine_index, frame.request_ids)
         if frames:
+            causes = ", ".join(f"{cause.value}: {count}" for cause, count in num_by_cause.items())
+            ids = [request_id for frame in frames for request_id in frame.request_ids]
+            named = f": {', '.join(ids)}" if len(ids) <= NUM_IDS_LOGGED else ""
             logger.info(
-                "aborted %d requests in %d frames (%s)",
-                sum(num_by_cause.values()),
-                len(frames),
-                ", ".join(f"{cause.value}: {count}" for cause, count in num_by_cause.items()),
+                "aborted %d requests, %d frames (%s)%s", len(ids), len(frames), causes, named
             )
 
 

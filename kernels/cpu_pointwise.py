@@ -265,9 +265,10 @@ def _activate(gate: Any, up: Any, out: Any) -> None:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """A tensor whose rows (first dimension) are contiguous inside, copied only if x's are not, the
-    number of rows and the stride between them."""
-    if x.dim() == 1 or not x[:1].is_contiguous():
+    """A tensor whose rows (its first dimension) are contiguous inside, their number, their stride.
+
+    It is x itself, unless x's rows are not contiguous.
+    """
+    if not (x.is_contiguous() or (x.dim() > 1 and x[0].is_contiguous())):
         x = x.contiguous()
-        return x, 1, x.numel()
-    return x, x.shape[0], x.stride(0)
+    return (x, x.shape[0], x.stride(0)) if x.dim() > 1 else (x, 1, x.numel())

@@ -79,9 +79,13 @@ class Implementation(Protocol):
 def implementation(device_type: str) -> Implementation:
     """The module for a device type, imported on first use; ValueError for an unknown device."""
     if device_type == "cpu":
-        from kernels import reference
+        from kernels import cpu_kernels
 
-        return reference
+        return cpu_kernels
+    if device_type == "cuda":
+        from kernels import triton_kernels
+
+        return triton_kernels
     raise ValueError(f"no kernels for device type {device_type!r}: use 'cpu' or 'cuda'")
 
 
