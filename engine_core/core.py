@@ -27,7 +27,7 @@ from engine_core.request import Request, Stage
 from engine_core.scheduler import ScheduledStep, Scheduler
 from engine_core.utilities import Utilities
 from engine_core.validation import InvalidRequest, build_request
-from ipc.frames import Abort
+from ipc.frames import Abort, InputError
 from ipc.lifecycle import AbortReceipt, RequestReceipt
 from ipc.output import (
     EngineCoreOutput,
@@ -38,11 +38,11 @@ from ipc.output import (
     SchedulerStats,
 )
 from ipc.request import EngineCoreRequest
-from ipc.utility import UtilityCall
+from ipc.utility import UtilityCall, UtilityReply
 
 logger = logging.getLogger(__name__)
 
-Input = EngineCoreRequest | Abort | UtilityCall
+Input = EngineCoreRequest | Abort | UtilityCall | InputError
 
 STATS_INTERVAL_S = 0.1
 """Scheduler statistics leave at most this often while stepping, and once when the engine falls
@@ -71,6 +71,7 @@ class EngineCore:
             "requests_aborted": 0,
             "duplicate_ids_ignored": 0,
             "abort_frames": 0,
+            "malformed_messages": 0,
             "integrity_violations": 0,
         }
         self._runner = runner
@@ -107,6 +108,8 @@ class EngineCore:
                     self._abort_silently(client_index, message)
                 case UtilityCall():
                     outbox.reply(client_index, self._utilities.call(client_index, message, outbox))
+                case InputError():
+                    self._answer_malformed(client_index, message, outbox)
         if was_busy and not self._requests:
             self._fall_idle(outbox, now)
         return outbox.frames()
@@ -141,6 +144,17 @@ class EngineCore:
         self.counters["requests_added"] += 1
         self._requests[request.request_id] = request
         self.scheduler.add(request, now)
+
+    def _answer_malformed(self, client_index: int, error: InputError, outbox: Outbox) -> None:
+        """A message that could not be decoded: its sender alone hears of it, if it awaits a word.
+
+        An ADD that names a live request may not end that one.
+        """
+        self.counters["malformed_messages"] += 1
+        if error.call_id is not None:
+            outbox.reply(client_index, UtilityReply(error.call_id, str(error)))
+        elif error.request_id is not None and error.request_id not in self._requests:
+            outbox.refuse(client_index, error.request_id, str(error))
 
     # -- aborts --------------------------------------------------------------------------------
 

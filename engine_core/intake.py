@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from engine_core.core import Input
-from ipc.frames import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +19,7 @@ class Received:
 
     client_index: int
     """Index of the input socket it arrived on: the client that is answered."""
-    message: Input | InputError
+    message: Input
 
 
 @dataclass(frozen=True, slots=True)

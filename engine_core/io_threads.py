@@ -94,7 +94,7 @@ class InputThread:
             self._intake.put(Received(client_index, _decode(frames)))
 
 
-def _decode(frames: list[bytes]) -> Input | InputError:
+def _decode(frames: list[bytes]) -> Input:
     try:
         return decode_input(frames)
     except InputError as error:

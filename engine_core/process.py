@@ -75,7 +75,7 @@ def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = No
     link.say_ready()
     logger.info("ready: %s", _describe(core, dtype))
     try:
-        StepLoop(core, intake, output_thread.send, engine_index=options.rank).run()
+        StepLoop(core, intake, output_thread.send).run()
     except Exception:
         logger.exception("fatal error; the clients are told, and the engine ends")
         output_thread.finish(Farewell.DEAD)

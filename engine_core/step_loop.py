@@ -4,8 +4,7 @@ process.
 Invariants
 - At each boundary everything that has arrived takes effect, and its frames leave before the next
   step begins.
-- A message that could not be decoded is answered to its sender, and is otherwise as if it had never
-  come.
+- A message that could not be decoded is logged, now and then, and otherwise the core's affair.
 - The loop ends in one of two ways: `run` returns after a shutdown has ended every request, or it
   raises.
 """
@@ -18,10 +17,9 @@ from collections.abc import Callable
 
 from engine_core.core import EngineCore, Input
 from engine_core.intake import Failure, Intake, Received, Shutdown
-from engine_core.outbox import Outbox, Outgoing
+from engine_core.outbox import Outgoing
 from ipc.frames import InputError
 from ipc.logs import RateLimitedLog
-from ipc.utility import UtilityReply
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +35,12 @@ class StepLoop:
         intake: Intake,
         send: Callable[[Outgoing], None],
         *,
-        engine_index: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`send` must not block; `clock` is monotonic, in seconds."""
         self._core = core
         self._intake = intake
         self._send = send
-        self._engine_index = engine_index
         self._clock = clock
         self._malformed_log = RateLimitedLog(logger)
 
@@ -65,9 +61,10 @@ class StepLoop:
             match item:
                 case Received(client_index, message):
                     if isinstance(message, InputError):
-                        self._answer_malformed(client_index, message)
-                    else:
-                        inputs.append((client_index, message))
+                        self._malformed_log.warning(
+                            "malformed message from client %d: %s", client_index, message
+                        )
+                    inputs.append((client_index, message))
                 case Failure(error):
                     raise error
                 case Shutdown():
@@ -85,15 +82,3 @@ class StepLoop:
     def _send_all(self, outgoing: list[Outgoing]) -> None:
         for frame in outgoing:
             self._send(frame)
-
-    def _answer_malformed(self, client_index: int, error: InputError) -> None:
-        self._core.counters["malformed_messages"] = (
-            self._core.counters.get("malformed_messages", 0) + 1
-        )
-        self._malformed_log.warning("malformed message from client %d: %s", client_index, error)
-        outbox = Outbox(self._engine_index, self._clock())
-        if error.call_id is not None:
-            outbox.reply(client_index, UtilityReply(error.call_id, str(error)))
-        elif error.request_id is not None:
-            outbox.refuse(client_index, error.request_id, str(error))
-        self._send_all(outbox.frames())

@@ -212,7 +212,7 @@ class AsyncEngine:
             self._check_prompt(token_ids)
             send(token_ids)
         except Exception as error:
-            is_users_fault = isinstance(error, InvalidRequestError)
+            is_users_fault = isinstance(error, ValueError)
             code = "validation_error" if is_users_fault else "internal_error"
             fault = OutputError(code, str(error), retryable=not is_users_fault)
             self._dispatcher.end_unsent(entry, Terminal("error", error=fault))

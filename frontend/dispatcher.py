@@ -68,12 +68,10 @@ class Dispatcher:
         priority: int,
         arrival_time_s: float,
     ) -> None:
-        """Hand a live request to an engine. Raises EngineDeadError if there is none."""
-        if not self.alive_engines:
-            raise EngineDeadError("no engine is alive")
-        engine_index = self._balancer.choose(
-            prompt_token_ids, self.registry.num_in_flight, sorted(self.alive_engines)
-        )
+        """Hand a live request to an engine. Raises EngineDeadError if there is none.
+
+        An engine that turns out to be gone ends as any dead engine does, and the next one is asked.
+        """
         frames = encode_add(
             EngineCoreRequest(
                 request_id=entry.internal_id,
@@ -85,9 +83,19 @@ class Dispatcher:
                 external_req_id=entry.request_id,
             )
         )
-        self.client.send(engine_index, frames)
-        self.registry.mark_sent(entry, engine_index)
-        entry.mailbox.num_prompt_tokens = len(prompt_token_ids)
+        while self.alive_engines:
+            engine_index = self._balancer.choose(
+                prompt_token_ids, self.registry.num_in_flight, sorted(self.alive_engines)
+            )
+            try:
+                self.client.send(engine_index, frames)
+            except EngineDeadError as error:
+                self.on_engine_dead(engine_index, str(error))
+                continue
+            self.registry.mark_sent(entry, engine_index)
+            entry.mailbox.num_prompt_tokens = len(prompt_token_ids)
+            return
+        raise EngineDeadError("no engine is alive")
 
     def drop(self, internal_id: str) -> None:
         """The client let go of its stream. Nothing happens if the request has ended."""
@@ -123,12 +131,11 @@ class Dispatcher:
     def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
         for output in outputs.outputs:
             entry = self.registry.get(output.request_id)
-            if entry is not None:
-                # An engine has a say in its own requests only.
-                if entry.engine_index == rank:
-                    self._deliver(entry, output)
-            elif output.finish_reason is not None:
-                self.registry.claim_orphan(output.request_id)
+            if entry is None:
+                if output.finish_reason is not None:
+                    self.registry.end_orphan(output.request_id, rank)
+            elif entry.engine_index == rank:  # An engine has a say in its own requests only.
+                self._deliver(entry, output)
         stats = outputs.scheduler_stats
         if stats is not None:
             self._balancer.report(rank, stats.num_running_reqs + stats.num_waiting_reqs)

@@ -126,6 +126,11 @@ class RequestRegistry:
             self.num_in_flight[engine_index] -= 1
         return engine_index
 
+    def end_orphan(self, internal_id: str, engine_index: int) -> None:
+        """An engine tells that it no longer runs this request; others cannot."""
+        if self._orphans.get(internal_id) == engine_index:
+            self.claim_orphan(internal_id)
+
     def forget_orphans(self, engine_index: int) -> None:
         """An engine is gone, and its orphans with it."""
         for internal_id in [key for key, owner in self._orphans.items() if owner == engine_index]:

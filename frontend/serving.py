@@ -38,6 +38,7 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
     """Serve until a signal comes. Raises OSError, ValueError or EngineStartupError if it cannot."""
     with _listener(http) as listener:
         stop = _stop_on_signals()
+        logger.info("starting %d engines with %s", config.num_local_engines, config.engine.model)
         starting = asyncio.create_task(AsyncEngine.start(config))
         events: set[asyncio.Future[Any]] = {starting, stop}
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)

@@ -31,7 +31,7 @@ class RequestReceipt:
     status: AbortStatus
     num_output_tokens: int = 0
     stage: str | None = None
-    """Where the request was: queued, prefill, running, preempted, …; None if unknown."""
+    """Where the request was: waiting, prefill, decode or preempted; None if unknown."""
 
     def to_wire(self) -> dict[str, object]:
         return {

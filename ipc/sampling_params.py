@@ -89,8 +89,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         try:
-            for name, check in _CHECKS.items():
-                object.__setattr__(self, name, check(getattr(self, name), name))
+            for name, check, default in _CHECKED_FIELDS:
+                value = getattr(self, name)
+                if value is not default:  # Defaults are valid, and nearly everything is one.
+                    object.__setattr__(self, name, check(value, name))
         except WireError as error:
             raise ValueError(str(error)) from None
         if self.skip_reading_prefix_cache is None:
@@ -235,6 +237,10 @@ _CHECKS: dict[str, expect.Check] = {
     "routed_experts_prompt_start": expect.integer,
     "trace_decode_token_ids": expect.nullable(_token_ids),
 }
+
+_CHECKED_FIELDS = tuple(
+    (field.name, _CHECKS[field.name], field.default) for field in dataclasses.fields(SamplingParams)
+)
 
 _UNSUPPORTED = (
     "prompt_logprobs",

@@ -4,7 +4,7 @@ A *tile* is a few consecutive query tokens of one row, with the G query heads th
 key/value head: M = tokens * G queries that all read the same pages. The tile goes through its
 row's pages in order, as online softmax (Milakov & Gimelshein, 2018) does, all in base 2:
 
-    s = q K^T * scale * log2(e)        [M, block_size]
+    s = q K^T * scale * log2(e)        [M, keys of a step]
     m' = max(m, max(s))                running maximum
     p = 2^(s - m')
     l = l * 2^(m - m') + sum(p)        running denominator
@@ -19,7 +19,7 @@ some heads of every row and rows of different lengths do not unbalance it.
 What bounds it: for decode, reading 2 * length * Hkv * D * element bytes a row; for prefill, the
 4 * queries * length * Hq * D floating-point operations (half of that for a whole causal prompt).
 Pages lie anywhere in memory, where the hardware's prefetcher cannot follow, so the next page is
-prefetched by hand; that makes a decode step that reads from DRAM up to 2.5 times as fast.
+prefetched by hand; a decode step that reads from DRAM is two to five times as fast for it.
 
 A result depends only on the query, its position and the pages' contents, bit for bit: not on what
 else is in the batch, on how the prompt is cut into chunks, or on the number of threads. Keys go
@@ -39,7 +39,6 @@ from torch import Tensor
 from kernels.cpu_runtime import (
     CACHE_LINE_BYTES,
     LOG2_E,
-    runs_parallel,
     element_of,
     exp2,
     jit,
@@ -47,10 +46,12 @@ from kernels.cpu_runtime import (
     parallel_jit,
     pointer,
     prefetch,
+    run_each,
     widen,
 )
 
 KEYS_PER_STEP = 64
+"""Keys between two updates of the running maximum: pages are taken together up to this many."""
 QUERIES_PER_TILE = 32
 """Queries (tokens * G) a tile aims at: enough to reuse a page from L1, few enough to stay there."""
 
@@ -105,6 +106,8 @@ def _launch(
         )
     num_tokens, num_heads, head_size = query.shape
     num_blocks, num_kv_heads, block_size, _ = key_cache.shape
+    if block_size % 4:
+        raise ValueError(f"block_size is {block_size}: make it a multiple of 4")
     if out is None:
         out = torch.empty((num_tokens, num_heads, head_size), dtype=query.dtype)
     group = num_heads // num_kv_heads
@@ -116,8 +119,11 @@ def _launch(
         num_tokens,
         max(1, QUERIES_PER_TILE // group),
     )
-    parallel = runs_parallel(4 * num_keys * num_heads * head_size)
-    (_attend_parallel if parallel else _attend)(
+    run_each(
+        _attend,
+        _attend_parallel,
+        len(tiles) * num_kv_heads,
+        4 * num_keys * num_heads * head_size,
         element_of(query),
         tiles,
         group,
@@ -150,8 +156,10 @@ def _require_int32(**tensors: Tensor) -> None:
 def _cut(
     starts_address: int, lens_address: int, num_rows: int, num_tokens: int, tile_size: int
 ) -> Any:
-    """The rows cut into tiles, [n, 4] of (row, first token, token after the last, keys that the first sees),
-    and the number of (query token, key) pairs."""
+    """Cut the rows into tiles, and count the (query token, key) pairs.
+
+    A tile is (row, first token, token after the last, number of keys that the first token sees).
+    """
     lens = numba.carray(pointer(lens_address, np.int32(0)), (num_rows,))
     starts = numba.carray(pointer(starts_address, np.int32(0)), (num_rows + 1,))
     tiles = np.empty((num_tokens // tile_size + num_rows, 4), np.int64)
@@ -172,6 +180,8 @@ def _cut(
 
 @jit
 def _attend(
+    begin: int,
+    end: int,
     element: Any,
     tiles: Any,
     group: int,
@@ -191,13 +201,14 @@ def _attend(
     tables_stride: int,
     num_rows: int,
 ) -> None:
+    """(Tile, key/value head) pairs begin .. end - 1; heads change slowest."""
     cache_shape = (num_blocks, num_kv_heads, block_size, head_size)
     keys = numba.carray(pointer(key_address, element), cache_shape)
     values = numba.carray(pointer(value_address, element), cache_shape)
     query = numba.carray(pointer(query_address, element), (num_tokens, query_stride))
     out = numba.carray(pointer(out_address, element), (num_tokens, out_stride))
     tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
-    for pair in range(len(tiles) * num_kv_heads):
+    for pair in range(begin, end):
         tile = tiles[pair % len(tiles)]
         _attend_tile(
             query,
@@ -213,45 +224,9 @@ def _attend(
 
 
 @parallel_jit
-def _attend_parallel(
-    element: Any,
-    tiles: Any,
-    group: int,
-    scale: float,
-    query_address: int,
-    query_stride: int,
-    out_address: int,
-    out_stride: int,
-    num_tokens: int,
-    key_address: int,
-    value_address: int,
-    num_blocks: int,
-    num_kv_heads: int,
-    block_size: int,
-    head_size: int,
-    tables_address: int,
-    tables_stride: int,
-    num_rows: int,
-) -> None:
-    cache_shape = (num_blocks, num_kv_heads, block_size, head_size)
-    keys = numba.carray(pointer(key_address, element), cache_shape)
-    values = numba.carray(pointer(value_address, element), cache_shape)
-    query = numba.carray(pointer(query_address, element), (num_tokens, query_stride))
-    out = numba.carray(pointer(out_address, element), (num_tokens, out_stride))
-    tables = numba.carray(pointer(tables_address, np.int32(0)), (num_rows, tables_stride))
-    for pair in numba.prange(len(tiles) * num_kv_heads):
-        tile = tiles[pair % len(tiles)]
-        _attend_tile(
-            query,
-            tile,
-            pair // len(tiles),
-            group,
-            keys,
-            values,
-            tables,
-            np.float32(scale),
-            out,
-        )
+def _attend_parallel(num_pairs: int, *arguments: Any) -> None:
+    for pair in numba.prange(num_pairs):
+        _attend(pair, pair + 1, *arguments)
 
 
 @jit

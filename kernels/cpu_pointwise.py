@@ -26,7 +26,7 @@ from kernels.cpu_runtime import (
     narrow,
     parallel_jit,
     pointer,
-    runs_parallel,
+    run_each,
     widen,
 )
 
@@ -229,31 +229,42 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     gate_up, num_rows, stride = _rows(gate_up)
     size = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype)
-    parallel = runs_parallel(16 * out.numel())
-    (_silu_and_mul_parallel if parallel else _silu_and_mul)(
-        element_of(gate_up), gate_up.data_ptr(), stride, out.data_ptr(), num_rows, size
+    run_each(
+        _silu_and_mul,
+        _silu_and_mul_parallel,
+        num_rows,
+        16 * out.numel(),
+        element_of(gate_up),
+        gate_up.data_ptr(),
+        stride,
+        out.data_ptr(),
+        num_rows,
+        size,
     )
     return out
 
 
 @jit
 def _silu_and_mul(
-    element: Any, address: int, stride: int, out_address: int, num_rows: int, size: int
+    begin: int,
+    end: int,
+    element: Any,
+    address: int,
+    stride: int,
+    out_address: int,
+    num_rows: int,
+    size: int,
 ) -> None:
     gate_up = numba.carray(pointer(address, element), (num_rows, stride))
     out = numba.carray(pointer(out_address, element), (num_rows, size))
-    for row in range(num_rows):
+    for row in range(begin, end):
         _activate(gate_up[row, :size], gate_up[row, size : 2 * size], out[row])
 
 
 @parallel_jit
-def _silu_and_mul_parallel(
-    element: Any, address: int, stride: int, out_address: int, num_rows: int, size: int
-) -> None:
-    gate_up = numba.carray(pointer(address, element), (num_rows, stride))
-    out = numba.carray(pointer(out_address, element), (num_rows, size))
+def _silu_and_mul_parallel(num_rows: int, *arguments: Any) -> None:
     for row in numba.prange(num_rows):
-        _activate(gate_up[row, :size], gate_up[row, size : 2 * size], out[row])
+        _silu_and_mul(row, row + 1, *arguments)
 
 
 @jit

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -61,33 +61,25 @@ def element_of(tensor: Tensor) -> Any:
         ) from None
 
 
-def runs_parallel(flop: int) -> bool:
-    """Whether work of this size goes to a parallel kernel; if so, sets it to torch's thread count."""
-    if flop < SERIAL_BELOW_FLOP:
-        return False
-    threads = min(torch.get_num_threads(), MAX_THREADS)
-    if threads > 1:
+def run_each(serial: Any, parallel: Any, count: int, flop: int, *arguments: Any) -> None:
+    """Run a kernel for items 0 .. count - 1: `serial(0, count, *arguments)` on this thread, or, if
+    the work is worth it, `parallel(count, *arguments)` on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), MAX_THREADS) if flop >= SERIAL_BELOW_FLOP else 1
+    if threads == 1:
+        serial(0, count, *arguments)
+    else:
         numba.set_num_threads(threads)
-    return threads > 1
+        parallel(count, *arguments)
 
 
-@intrinsic
-def pointer(typing_context: Any, address: Any, element: Any) -> Any:
-    """An integer address as a pointer to elements of the type of `element`, for `numba.carray`."""
-
+def _pointer(typing_context: Any, address: Any, element: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(element)(address, element), generate
 
 
-@intrinsic
-def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Ask the CPU to bring an element of a contiguous array into its second-level cache.
-
-    `index` counts from the array's start, whatever its shape; it may lie past its end.
-    """
-
+def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
         place = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
@@ -101,6 +93,15 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
     return types.void(array, index), generate
 
 
+pointer: Any = intrinsic(_pointer)
+"""pointer(address, element): an address as a pointer to elements of that type, for `carray`."""
+
+prefetch: Any = intrinsic(_prefetch)
+"""prefetch(array, index): ask the CPU to bring an element of a contiguous array into its
+second-level cache. The index counts from the array's start, whatever its shape, and may lie past
+its end."""
+
+
 def widen(element: Any) -> Any:
     """A stored element as a float32."""
     raise NotImplementedError("compiled code only")
@@ -111,7 +112,6 @@ def narrow(value: Any, element: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(widen)
 def _widen(element: Any) -> Any:
     def widen_bfloat16(element: Any) -> Any:
         return np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
@@ -122,7 +122,6 @@ def _widen(element: Any) -> Any:
     return widen_bfloat16 if element == types.uint16 else widen_float32
 
 
-@overload(narrow)
 def _narrow(value: Any, element: Any) -> Any:
     def narrow_bfloat16(value: Any, element: Any) -> Any:
         bits = np.float32(value).view(np.uint32)
@@ -135,9 +134,13 @@ def _narrow(value: Any, element: Any) -> Any:
     return narrow_bfloat16 if element == types.uint16 else narrow_float32
 
 
+overload(widen)(_widen)
+overload(narrow)(_narrow)
+
+
 @jit
 def exp2(x: Any) -> Any:
-    """2**x for a float32, to 2e-7 relative; x is clamped to [-126, 127]. Unlike libm's, it vectorises.
+    """2**x for a float32, to 3e-7 relative, x clamped to [-126, 127]; unlike libm's, it vectorises.
 
     The integer part becomes the exponent bits; the rest, in [-1/2, 1/2], goes through the Taylor
     polynomial of 2**f, whose coefficients are ln(2)^k / k!.

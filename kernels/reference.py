@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: the specification that every other implementation is tested against.
+"""The kernels in plain PyTorch: the specification that the others are tested against.
 
 Nothing here is fast. Each function does its arithmetic in float32 and rounds once, to the dtype of
 its input, at the end. The implementations do the same, so that they differ from this file only by
@@ -125,7 +125,8 @@ def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cach
     """Rotate [T, Hq, D] queries and [T, Hkv, D] keys in place by their positions ([T] int64).
 
     cos_sin_cache [max_position, D] float32 holds D/2 cosines, then D/2 sines. Element i is paired
-    with i + D/2 (the "NeoX" pairing of the Llama and Qwen families): (a cos - b sin, b cos + a sin).
+    with i + D/2 (the "NeoX" pairing of the Llama and Qwen families):
+    (a, b) becomes (a cos - b sin, b cos + a sin).
     """
     cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
     for x in (query, key):

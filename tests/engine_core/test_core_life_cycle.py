@@ -11,6 +11,7 @@ import pytest
 
 from engine_core.core import Input
 from engine_core.fake_runner import expected_tokens
+from ipc.frames import InputError
 from ipc.output import FinishReason
 from ipc.request import EngineCoreRequest, SamplingParams
 from ipc.utility import UtilityCall
@@ -146,6 +147,20 @@ def test_L8_a_second_add_of_a_live_id_is_ignored_and_counted() -> None:
     driver.run()
     assert driver.tokens["x"] == expected_tokens([1], 3)
     assert driver.core.counters["duplicate_ids_ignored"] == 1
+
+
+def test_L1_L12_a_malformed_add_is_answered_but_cannot_end_a_live_request() -> None:
+    driver = CoreDriver()
+    driver.add("x", [1], max_tokens=3)
+    driver.apply(InputError("bad field", request_id="x", client_index=0))
+    driver.apply(InputError("bad field", request_id="y", client_index=0))
+    driver.apply(InputError("bad args", call_id=9, client_index=0))
+    assert driver.apply(InputError("unknown type byte")) == []
+    driver.run()
+    assert driver.finish_reasons("x") == [FinishReason.LENGTH]
+    assert driver.finish_reasons("y") == [FinishReason.ERROR]
+    assert driver.replies[-1].failure_message == "bad args"
+    assert driver.core.counters["malformed_messages"] == 4
 
 
 def test_L8_another_clients_use_of_a_live_id_is_refused_to_that_client_alone() -> None:

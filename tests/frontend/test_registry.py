@@ -68,6 +68,18 @@ def test_an_id_its_engine_still_runs_is_an_orphan_until_claimed() -> None:
     assert (registry.num_orphans, registry.num_in_flight) == (0, [0, 0])
 
 
+def test_L12_only_its_own_engine_can_end_an_orphan() -> None:
+    registry = RequestRegistry(2)
+    live = entry("a")
+    registry.register(live)
+    registry.mark_sent(live, 1)
+    registry.remove("a-0", engine_runs_it=True)
+    registry.end_orphan("a-0", 0)
+    assert registry.num_orphans == 1
+    registry.end_orphan("a-0", 1)
+    assert registry.num_orphans == 0
+
+
 def test_a_request_that_no_engine_knows_leaves_no_orphan() -> None:
     registry = RequestRegistry(1)
     registry.register(entry("a"))
