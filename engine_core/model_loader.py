@@ -22,6 +22,10 @@ from engine_core.models.errors import ModelError
 from engine_core.models.weights import Checkpoint, model_directory, stored_dtype
 from ipc.engine_config import EngineConfig
 
+_WARM_UP_ELEMENTS = 2**18
+"""Tokens times hidden size of the first step: enough that its kernels are worth several threads."""
+_MIN_WARM_UP_TOKENS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
@@ -73,6 +77,8 @@ def load_runner(
         max_model_len=max_model_len,
         seed=config.seed,
     )
+    num_tokens = max(_MIN_WARM_UP_TOKENS, _WARM_UP_ELEMENTS // model_config.hidden_size)
+    runner.warm_up(min(num_tokens, max_model_len - 1))
     resolved = ResolvedModel(
         max_model_len=max_model_len,
         dtype=dtype_name,
@@ -84,18 +90,17 @@ def load_runner(
 
 
 def _choose_device(asked: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if asked == "cuda" and not has_cuda:
+    if asked != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if asked == "cuda":
         raise ModelError("device='cuda', but PyTorch finds no CUDA device here; use device='cpu'")
-    if asked == "auto":
-        asked = "cuda" if has_cuda else "cpu"
-    return (
-        torch.device(asked, torch.cuda.current_device()) if asked == "cuda" else torch.device(asked)
-    )
+    return torch.device("cpu")
 
 
 def _choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
     limit = model.max_model_len
+    if asked == 1:
+        raise ModelError("max_model_len=1 leaves no room for an output token; make it at least 2")
     if asked is None or asked <= limit:
         return asked or limit
     reason = (

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine_core.batch import StepBatch, StepResult
+from engine_core.batch import JoinedSequence, StepBatch, StepResult
 from engine_core.models.decoder import Decoder
 from engine_core.persistent_batch import PersistentBatch
 from engine_core.sampler import Sampler
+from ipc.request import SamplingParams
 
 
 class TorchModelRunner:
@@ -59,3 +60,29 @@ class TorchModelRunner:
         token_ids, logprobs = self._sampler.sample(logits, slots, positions)
         self._batch.append_tokens(slots, positions, token_ids)
         return StepResult(token_ids.tolist(), logprobs)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a prompt of `num_tokens` and a decode behind it in slot 0, which must be free.
+
+        Kernels are compiled for the shapes they meet; better now than in someone's first request.
+        """
+        block_size = self._kv_cache[0][0].shape[2]
+        sequence = JoinedSequence(
+            slot=0,
+            token_ids=[0] * num_tokens,
+            num_prompt_tokens=num_tokens,
+            block_ids=list(range(num_tokens // block_size + 1)),
+            sampling=SamplingParams(temperature=0.0, seed=0),
+        )
+        prefill = StepBatch(
+            joined=[sequence],
+            slots=[0],
+            num_new_tokens=[num_tokens],
+            num_computed_tokens=[0],
+            samples=[True],
+        )
+        decode = StepBatch(
+            slots=[0], num_new_tokens=[1], num_computed_tokens=[num_tokens], samples=[False]
+        )
+        for batch in (prefill, decode, StepBatch(left=[0])):
+            self.execute(batch)

@@ -4,8 +4,8 @@ Invariant: a row's result depends on that row's inputs alone, never on its neigh
 truncation (top-k, top-p) compares values, so tokens of equal weight are kept or dropped together,
 whichever order a sort would have put them in.
 
-Shapes: S rows, V vocabulary. `weights` are probabilities up to a factor of the row's own, and not
-negative.
+Shapes: S rows, V vocabulary. `weights` are a row's probabilities divided by its largest, so they
+are float32 from 0 to 1.
 """
 
 from __future__ import annotations
@@ -81,30 +81,25 @@ def top_p_cutoffs(weights: Tensor, targets: Tensor) -> Tensor:
 
 
 def _wide_nucleus_cutoffs(weights: Tensor, targets: Tensor) -> Tensor:
-    """What `top_p_cutoffs` answers, in two passes: some twenty times as fast as sorting.
+    """What `top_p_cutoffs` answers, by radix selection: a tenth of the time of sorting.
 
-    Floats that are not negative sort as their bits do, read as integers. So the weights are summed
-    by their upper 16 bits, which finds those of the cutoff, and then, of the weights that share
-    them, by the lower 16.
+    Floats that are not negative sort as their bits do, read as integers. So the cutoff is found ten
+    bits at a time: the weights that share its bits so far are summed by their next ten, and the
+    largest ten with which the sum from above reaches the target are the cutoff's.
     """
-    bits = weights.contiguous().view(torch.int32)
-    upper_bits = (bits >> 16).long()
-    upper, heavier = _bin_of_cutoff(upper_bits, weights, targets)
-    sharing = weights.masked_fill(upper_bits != upper[:, None], 0.0)
-    lower, _ = _bin_of_cutoff((bits & 0xFFFF).long(), sharing, targets - heavier)
-    return (upper << 16 | lower).int().view(torch.float32)
-
-
-def _bin_of_cutoff(bins: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest bin (of 65,536) with which the weights in it and above sum to the target.
-
-    Takes [S, V], [S, V], [S]; returns the bin and the sum of the weights above it, both [S].
-    """
-    sums = torch.zeros(len(weights), 1 << 16, device=weights.device).scatter_add_(1, bins, weights)
-    from_bin_on = sums.flip(1).cumsum(dim=-1).flip(1)
-    chosen = ((from_bin_on >= targets[:, None]).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    above = from_bin_on.gather(1, chosen) - sums.gather(1, chosen)
-    return chosen[:, 0], above[:, 0]
+    bits = weights.contiguous().view(torch.int32)  # below 2 ** 30, for no weight is above 1
+    cutoffs = torch.zeros(len(weights), 1, dtype=torch.int64, device=weights.device)
+    missing = targets[:, None]
+    for shift in (20, 10, 0):
+        digits = (bits >> shift & 0x3FF).long()
+        sums = torch.zeros(len(weights), 1 << 10, device=weights.device)
+        sums.scatter_add_(1, digits, weights)
+        from_here_up = sums.flip(1).cumsum(dim=-1).flip(1)
+        digit = ((from_here_up >= missing).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        missing = missing - (from_here_up.gather(1, digit) - sums.gather(1, digit))
+        weights = weights.masked_fill(digits != digit, 0.0)
+        cutoffs |= digit << shift
+    return cutoffs[:, 0].int().view(torch.float32)
 
 
 def apply_penalties(

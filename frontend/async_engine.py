@@ -311,7 +311,7 @@ class AsyncEngine:
         await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
         terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
         self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
-        self._dispatcher.alive_engines.clear()
+        self._dispatcher.close()
         await self._loop.run_in_executor(None, self._supervisor.terminate)
         self._dispatcher.client.close()
 
@@ -323,6 +323,10 @@ class AsyncEngine:
 
 
 def _note_exit(dispatcher: Dispatcher, rank: int, reason: str) -> None:
-    """An engine process of ours ended: a failed start, or the end of its requests."""
-    dispatcher.client.fail_startup(reason)
-    dispatcher.on_engine_dead(rank, reason)
+    """An engine process of ours ended, in a failed start, in its service, or at our shutdown."""
+    if not dispatcher.client.is_up:
+        dispatcher.client.fail_startup(reason)
+    elif rank in dispatcher.alive_engines:
+        dispatcher.on_engine_dead(rank, reason)
+    elif not dispatcher.is_closing:
+        logger.error("%s", reason)  # Its connection ended before it, which said less.

@@ -52,6 +52,7 @@ class Dispatcher:
         self.client: EngineClient
         self.registry = RequestRegistry(num_engines)
         self.alive_engines = set(range(num_engines))
+        self.is_closing = False
         self._loop = asyncio.get_running_loop()
         self._balancer = Balancer(num_engines)
         self._abort_queue = AbortQueue()
@@ -221,6 +222,11 @@ class Dispatcher:
             self._flush_timer = self._loop.call_at(due_at, self._flush_if_due)
         else:
             self.flush_aborts()
+
+    def close(self) -> None:
+        """No engine serves from now on, and that they end is no fault."""
+        self.is_closing = True
+        self.alive_engines.clear()
 
     def flush_aborts(self) -> None:
         """Send every waiting auto-abort now."""

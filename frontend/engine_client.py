@@ -112,8 +112,13 @@ class EngineClient:
                 f"{self.handshake_address}"
             ) from None
 
+    @property
+    def is_up(self) -> bool:
+        """Whether all engines came up (they may have died since)."""
+        return self._all_up.done() and self._all_up.exception() is None
+
     def fail_startup(self, reason: str) -> None:
-        """Make `wait_until_up` raise: an engine will never come."""
+        """Make `wait_until_up` raise: an engine will never come. Only the first reason counts."""
         if not self._all_up.done():
             self._all_up.set_exception(EngineStartupError(reason))
 

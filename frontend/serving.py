@@ -73,6 +73,7 @@ async def serve_on(
             timeout_graceful_shutdown=_GRACE_S,
         )
     )
+    listener.listen(_BACKLOG)  # From here on connections wait to be accepted, none is refused.
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     logger.info("serving %s at %s", engine.served_model_name, _url(listener))
     await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)

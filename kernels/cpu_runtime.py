@@ -21,7 +21,9 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils, types
+from numba.core import cgutils
+from numba.core.types import uint16, void
+from numba.core.types.misc import CPointer
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def _pointer(typing_context: Any, address: Any, element: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(element)(address, element), generate
+    return CPointer(element)(address, element), generate
 
 
 def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
@@ -90,7 +92,7 @@ def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
         builder.call(function, [place, for_read, second_level, data_cache])
         return context.get_dummy_value()
 
-    return types.void(array, index), generate
+    return void(array, index), generate
 
 
 pointer: Any = intrinsic(_pointer)
@@ -119,7 +121,7 @@ def _widen(element: Any) -> Any:
     def widen_float32(element: Any) -> Any:
         return element
 
-    return widen_bfloat16 if element == types.uint16 else widen_float32
+    return widen_bfloat16 if element == uint16 else widen_float32
 
 
 def _narrow(value: Any, element: Any) -> Any:
@@ -131,7 +133,7 @@ def _narrow(value: Any, element: Any) -> Any:
     def narrow_float32(value: Any, element: Any) -> Any:
         return np.float32(value)
 
-    return narrow_bfloat16 if element == types.uint16 else narrow_float32
+    return narrow_bfloat16 if element == uint16 else narrow_float32
 
 
 overload(widen)(_widen)

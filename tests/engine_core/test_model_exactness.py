@@ -75,7 +75,7 @@ def test_every_family_answers_as_transformers_generate_does(name: str, tmp_path:
     assert len(set(expected)) > 15, "a model that repeats itself proves little"
 
 
-@pytest.mark.parametrize("block_size", [1, 5, 32])
+@pytest.mark.parametrize("block_size", [4, 12, 32])
 def test_any_block_size_gives_the_same_tokens(
     block_size: int, qwen3: Path, qwen3_reference: Any
 ) -> None:
@@ -176,15 +176,20 @@ def test_float32_logprobs_equal_the_reference_to_rounding(
     assert np.abs(logprobs - expected).max() < 1e-4
 
 
-def test_bfloat16_logprobs_are_near_those_of_float32(tmp_path: Path) -> None:
-    """Two layers of bfloat16 keep eight bits; tolerances are about twice what was measured."""
-    directory = save_model(tmp_path, CONFIGS["qwen3, heads of 128"](), dtype=torch.bfloat16)
-    runner = make_runner(directory)
-    prompt, logprobs = whole_vocabulary_logprobs(runner)
-    expected = reference_logits(load_reference(directory), prompt)[34:].log_softmax(-1).numpy()
+@pytest.mark.parametrize("name", ["llama, heads of 32, grouped", "qwen3, heads of 128"])
+def test_bfloat16_logprobs_are_as_near_to_float32_as_those_of_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    """Log-probabilities, whose spread is 1.5, differ by 0.04 on average at most, 0.4 at worst."""
+    directory = save_model(tmp_path, CONFIGS[name](), dtype=torch.bfloat16)
+    prompt, logprobs = whole_vocabulary_logprobs(make_runner(directory))
+    reference = load_reference(directory)
+    expected = reference_logits(reference, prompt)[34:].log_softmax(dim=-1).numpy()
+    rival = reference_logits(reference.bfloat16(), prompt)[34:].log_softmax(dim=-1).numpy()
     difference = np.abs(logprobs - expected)
-    assert difference.max() < 0.25
+    assert difference.max() < 0.4
     assert difference.mean() < 0.04
+    assert difference.mean() < 1.5 * np.abs(rival - expected).mean()
 
 
 def whole_vocabulary_logprobs(runner: ModelRunner) -> tuple[list[int], np.ndarray[Any, Any]]:

@@ -51,6 +51,12 @@ def test_a_context_beyond_the_models_is_refused_naming_both(llama: Path) -> None
         resolve(llama, max_model_len=513)
 
 
+def test_the_shortest_context_holds_one_token_of_prompt_and_one_of_output(llama: Path) -> None:
+    assert resolve(llama, max_model_len=2).max_model_len == 2
+    with pytest.raises(ModelError, match="max_model_len=1 leaves no room"):
+        resolve(llama, max_model_len=1)
+
+
 def test_a_context_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["mistral, four query heads a key head"]()
     config.sliding_window = 48

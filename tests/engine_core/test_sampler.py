@@ -156,16 +156,17 @@ def test_random_mixtures_of_features_match_the_reference_over_many_steps() -> No
 
 
 def test_a_nucleus_wider_than_the_first_look_is_found() -> None:
-    """A flat distribution over 3,000 tokens: the nucleus of 0.9 has 2,700 of them."""
-    logits = torch.zeros(1, 3000)
+    """Of a nearly flat distribution over 1,700 tokens, the nucleus of 0.9 has some 1,500."""
+    logits = torch.zeros(1, 2000)
     logits[0, :300] = -20.0
-    logits[0] += 1e-4 * torch.arange(3000)  # no ties, which would be kept together
-    counts = draw_counts(logits, SamplingParams(top_p=0.9, seed=3), 6000)
+    logits[0] += 1e-4 * torch.arange(2000)  # no ties, which would be kept together
+    counts = draw_counts(logits, SamplingParams(top_p=0.9, seed=3), 3000)
     distribution = np.array(probabilities(logits[0].tolist(), SamplingParams(top_p=0.9)))
     first_kept = int(np.flatnonzero(distribution)[0])
     assert counts[: first_kept - 1].sum() == 0
-    assert counts[first_kept + 1 :].sum() >= 5990
-    assert (counts > 0).sum() > 1500
+    assert first_kept > 400
+    assert counts[first_kept + 1 :].sum() >= 2990
+    assert (counts > 0).sum() > 1000
 
 
 def test_tokens_of_equal_weight_at_the_edge_are_all_kept() -> None:

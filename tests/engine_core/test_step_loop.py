@@ -29,7 +29,7 @@ class Driven:
         self.core = EngineCore(limits, runner)
         self.intake = Intake()
         self.frames: list[Outgoing] = []
-        self.loop = StepLoop(self.core, self.intake, self.frames.append, engine_index=0)
+        self.loop = StepLoop(self.core, self.intake, self.frames.append)
 
     def add(self, request_id: str, *, max_tokens: int = 8) -> None:
         request = EngineCoreRequest(
@@ -38,6 +38,10 @@ class Driven:
             sampling_params=SamplingParams(max_tokens=max_tokens),
         )
         self.intake.put(Received(0, request))
+
+    @staticmethod
+    def rows(frame: Outgoing) -> list[str]:
+        return [row.request_id for row in frame[1].outputs]
 
     def outputs(self, request_id: str) -> list[EngineCoreOutput]:
         frames = (frame for _, frame in self.frames)
@@ -87,13 +91,12 @@ def test_L12_a_malformed_message_is_answered_counted_and_changes_nothing_else() 
     driven.intake.put(Received(0, InputError("bad call", call_id=9)))
     driven.intake.put(Received(0, InputError("noise")))
     driven.loop.turn()
-    refused, failed, *rest = driven.frames
-    assert refused[0] == 1, "the client on whose socket it came is answered, whatever it claims"
-    assert refused[1].outputs[0].finish_reason is FinishReason.ERROR
-    reply = failed[1].utility_output
-    assert reply is not None
+    [(client_index, refused)] = [frame for frame in driven.frames if driven.rows(frame) == ["bad"]]
+    assert client_index == 1, "the client on whose socket it came, whatever it claims"
+    assert refused.outputs[0].finish_reason is FinishReason.ERROR
+    [reply] = [frame.utility_output for _, frame in driven.frames if frame.utility_output]
     assert (reply.call_id, reply.failure_message) == (9, "bad call")
-    assert [row.request_id for _, frame in rest for row in frame.outputs] == ["good"]
+    assert [row.finish_reason for row in driven.outputs("good")] == [None]
     assert driven.core.counters["malformed_messages"] == 3
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from ipc.engine_config import EngineConfig
+from ipc.logs import LEVEL_VARIABLE
 from tests.support.scripted_frontend import REPOSITORY, ScriptedFrontend
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -25,10 +26,10 @@ FAKE = ("--runner", "fake", "--port", "0", "--fake-step-time-ms", "5")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+    """Run the command line to its end; of its log only errors are printed."""
     return subprocess.run(
         [*CAESURA, *arguments],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {LEVEL_VARIABLE: "ERROR"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -140,6 +141,23 @@ async def test_L2_a_signal_ends_requests_with_an_answer_and_the_server_with_stat
         assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
+async def test_a_second_signal_ends_a_shutdown_that_takes_too_long() -> None:
+    """A step of ten seconds keeps the engine from ending in order."""
+    slow = ("--runner", "fake", "--port", "0", "--fake-step-time-ms", "10000")
+    async with running("serve", *slow) as process:
+        url = await read_until(process, r"serving \S+ at (http\S+)")
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            body = {"prompt": [1, 2, 3], "max_tokens": 4000}
+            post = asyncio.create_task(http.post("/v1/completions", json=body))
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            await read_until(process, "shutting down")
+            process.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(process.wait(), 5) == 130
+            with pytest.raises(httpx.HTTPError):
+                await post
+
+
 async def test_a_signal_while_engines_start_ends_the_start() -> None:
     """One engine is to be started by somebody else, who never comes."""
     with socket.socket() as probe:
@@ -159,7 +177,7 @@ async def test_a_unix_socket_serves_and_a_stale_one_is_replaced(tmp_path: Path) 
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     async with running("serve", *FAKE, "--uds", str(path)) as process:
-        await read_until(process, "serving")
+        await read_until(process, "serving .* at ")
         transport = httpx.AsyncHTTPTransport(uds=str(path))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             assert (await http.get("/health")).status_code == 200
@@ -184,6 +202,23 @@ async def test_headless_engines_dial_the_given_address_and_end_with_a_signal() -
         assert {peer.data_parallel_size for peer in frontend.registrations.values()} == {3}
         await frontend.add("a", [1, 2], rank=2, max_tokens=3)
         await frontend.collect("a")
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in await rest_of(process)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+async def test_the_launch_script_starts_engines_and_ends_them_with_a_signal() -> None:
+    async with ScriptedFrontend() as frontend:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "scripts/launch.py", "none", "--config", '{"runner": "fake"}'),
+            *("--handshake", frontend.handshake_address, "--num-engines", "2"),
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        await frontend.accept(2)
+        for _ in range(2):
+            await read_until(process, "engine . .* ready: ")
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in await rest_of(process)
         assert await asyncio.wait_for(process.wait(), 10) == 0

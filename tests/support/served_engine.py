@@ -75,28 +75,16 @@ async def served_engine(
         port = listener.getsockname()[1]
         stop: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         engine = await AsyncEngine.start(config)
+        listener.listen()  # The server listens too, but a test may be faster.
         serving = asyncio.create_task(
             serve_on(listener, engine, HttpConfig(port=port, api_key=api_key), stop)
         )
         base_url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient(base_url=base_url, timeout=20.0) as http:
             try:
-                await _wait_until_reachable(port)
                 yield ServedEngine(engine, http, port, stop)
             finally:
                 if not stop.done():
                     stop.set_result(None)
                 await http.aclose()
                 await asyncio.wait_for(serving, 20)
-
-
-async def _wait_until_reachable(port: int) -> None:
-    async with asyncio.timeout(10):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except ConnectionRefusedError:
-                await asyncio.sleep(0.01)
-            else:
-                writer.close()
-                return
