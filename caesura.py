@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 try:
-    from frontend.shadowing import check_packages_are_ours
+    from frontend.engines.shadowing import check_packages_are_ours
 
     check_packages_are_ours()
 except ModuleNotFoundError:
@@ -22,7 +22,6 @@ except RuntimeError as error:
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
-from frontend.engine import Engine
 from frontend.errors import (
     DuplicateRequestIdError,
     EngineDeadError,
@@ -31,8 +30,9 @@ from frontend.errors import (
     PromptTooLongError,
 )
 from frontend.outputs import AbortReceipt, RequestOutput, RequestResult
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
+from frontend.sync.engine import Engine
 from ipc.engine_config import EngineConfig
 
 __all__ = [

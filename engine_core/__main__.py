@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from engine_core.launcher_watch import LauncherWatch
+from engine_core.process.launcher_watch import LauncherWatch
 from ipc.engine_config import SETUP_ERROR_PREFIX, EngineConfig
 from ipc.handshake import MAX_RANK
 from ipc.logs import configure_logging
@@ -84,7 +84,7 @@ def main() -> int:
         return _fail(error)
     launcher_watch = LauncherWatch() if parsed.die_with_stdin else None
     # Imported only now: a launcher may be killed while this takes its time.
-    from engine_core.process import EngineOptions, SetupError, run_engine
+    from engine_core.process.run import EngineOptions, SetupError, run_engine
 
     options = EngineOptions(
         handshake_address=parsed.handshake,

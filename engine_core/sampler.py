@@ -5,7 +5,8 @@ penalties; then the likeliest token if greedy, else temperature, min-p, top-k, t
 
 Invariants
 - A draw depends only on the row's logits, its seed and the position of the new token in prompt plus
-  output: not on the batch, and not on whether the sequence was preempted in between.
+  output: not on the batch, and not on whether the sequence was preempted in between. (A sequence
+  that brings no seed is given a fresh one each time it joins.)
 - Nobody pays for a feature that no row of the step uses; a greedy batch costs one argmax.
 - Log-probabilities are those of the model: before temperature, penalties and every mask.
 """

@@ -1,0 +1,1 @@
+"""The front-end process: it accepts requests, hands them to engines and streams their outputs."""

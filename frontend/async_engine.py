@@ -23,22 +23,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from frontend.config import FrontendConfig
-from frontend.dispatcher import Dispatcher
-from frontend.engine_client import EngineClient
+from frontend.engines.engine_client import EngineClient
+from frontend.engines.supervisor import EngineSupervisor
 from frontend.errors import (
     EngineDeadError,
     InvalidRequestError,
     PromptTooLongError,
 )
-from frontend.explicit_abort import ExplicitAborts, Selector
-from frontend.mailbox import Mailbox
-from frontend.output_processor import OutputProcessor
 from frontend.outputs import AbortCause, AbortReceipt, Terminal
-from frontend.registry import Entry
+from frontend.requests.dispatcher import Dispatcher
+from frontend.requests.explicit_abort import ExplicitAborts, Selector
+from frontend.requests.mailbox import Mailbox
+from frontend.requests.registry import Entry
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
-from frontend.supervisor import EngineSupervisor
-from frontend.tokenizer import Tokenizer
+from frontend.text.output_processor import OutputProcessor
+from frontend.text.tokenizer import Tokenizer
 from ipc import expect
 from ipc.errors import WireError
 from ipc.lifecycle import CAESURA_STATUS, EngineStatus

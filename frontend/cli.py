@@ -53,7 +53,7 @@ def _run_server(config: FrontendConfig, http: HttpConfig) -> int:
     # Imported only here, so that a wrong flag is told without delay.
     import uvloop
 
-    from frontend.serving import serve
+    from frontend.http.serving import serve
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(config, http))
@@ -61,7 +61,7 @@ def _run_server(config: FrontendConfig, http: HttpConfig) -> int:
 
 
 def _run_headless(config: FrontendConfig) -> int:
-    from frontend.headless import run_engines
+    from frontend.engines.headless import run_engines
 
     return run_engines(
         config.engine,

@@ -1,0 +1,1 @@
+"""The wire between front ends and engines."""

@@ -1,6 +1,6 @@
 """One log format for every process: time, level, process, logger, message, on stderr.
 
-    2026-03-01 12:00:00.123 INFO  engine 0 | engine_core.process: ready with 512 blocks
+    2026-03-01 12:00:00.123 INFO  engine 0 | engine_core.process.run: ready with 512 blocks
 
 Engines inherit their launcher's stderr format and, through the environment, its level.
 """

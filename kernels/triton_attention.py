@@ -28,19 +28,23 @@ LOG2_E = 1.4426950408889634
 def attention_settings(
     head_size: int, group: int, block_size: int, element_bytes: int, num_query_tokens: int
 ) -> Settings:
-    """Tiles that fit the shared memory of every target, for up to `num_query_tokens` a tile."""
-    row_bytes = padded(head_size) * element_bytes
-    block_m = min(64 if row_bytes <= 512 else 32, padded(num_query_tokens * group))
+    """Tiles of up to `num_query_tokens` tokens that fit every target's registers and memory.
+
+    float32 has no tensor cores here (exact products are asked for), so its tiles live in registers
+    and must be small.
+    """
+    wide = padded(head_size) > 128
+    exact = element_bytes == 4
     return Settings(
         {
             "GROUP": group,
             "HEAD_SIZE": head_size,
             "PADDED_HEAD": padded(head_size),
             "BLOCK_SIZE": block_size,
-            "BLOCK_M": block_m,
-            "TILE": 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16,
+            "BLOCK_M": min(32 if exact else 64, padded(num_query_tokens * group)),
+            "TILE": 16 if exact else 32 if wide else 64,
         },
-        num_warps=8 if block_m * padded(head_size) > 64 * 128 else 4,
+        num_warps=8 if exact or wide else 4,
         num_stages=2,
     )
 

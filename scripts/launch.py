@@ -14,8 +14,8 @@ import json
 import sys
 
 from frontend.config import BUNDLED_MODEL_DIRECTORY
+from frontend.engines.headless import run_engines
 from frontend.errors import EngineStartupError
-from frontend.headless import run_engines
 from ipc.engine_config import EngineConfig
 from ipc.logs import configure_logging
 from ipc.sockets import check_address

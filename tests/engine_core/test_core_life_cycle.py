@@ -357,7 +357,7 @@ def test_L1_L2_L11_random_lives_end_once_with_right_tokens_and_leave_nothing(see
         action = rng.random()
         if action < 0.35:
             request_id = f"r{number}"
-            prompt = rng.choice(prefixes)[: rng.randint(1, 20)] + [rng.randrange(9)]
+            prompt = [*rng.choice(prefixes)[: rng.randint(1, 20)], rng.randrange(9)]
             prompts[request_id] = prompt
             driver.add(
                 request_id, prompt, max_tokens=rng.randint(1, 120), priority=rng.randint(0, 2)

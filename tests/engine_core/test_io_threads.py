@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import zmq
 
-from engine_core.intake import Failure, Intake, Received
-from engine_core.io_threads import Farewell, InputThread, OutputThread
+from engine_core.process.intake import Failure, Intake, Received
+from engine_core.process.io_threads import Farewell, InputThread, OutputThread
 from ipc.abort import Abort, encode_abort
 from ipc.frames import InputError
 from ipc.handshake import engine_identity

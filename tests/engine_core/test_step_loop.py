@@ -9,9 +9,9 @@ import pytest
 from engine_core.config import SchedulerConfig
 from engine_core.core import EngineCore
 from engine_core.fake_runner import FakeRunner, expected_tokens
-from engine_core.intake import Failure, Intake, Received, Shutdown
 from engine_core.outbox import Outgoing
-from engine_core.step_loop import StepLoop
+from engine_core.process.intake import Failure, Intake, Received, Shutdown
+from engine_core.process.step_loop import StepLoop
 from ipc.frames import InputError
 from ipc.output import EngineCoreOutput, FinishReason
 from ipc.request import EngineCoreRequest, SamplingParams

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.abort_queue import LINGER_S, MAX_IDS_PER_FRAME, MAX_LINGER_S, AbortQueue
 from frontend.outputs import AbortCause
+from frontend.requests.abort_queue import LINGER_S, MAX_IDS_PER_FRAME, MAX_LINGER_S, AbortQueue
 
 DROPPED, STOPPED = AbortCause.DROPPED_STREAM, AbortCause.STOP_STRING
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from frontend.balancer import AFFINITY_TOKENS, MAX_REMEMBERED_PREFIXES, Balancer
+from frontend.requests.balancer import AFFINITY_TOKENS, MAX_REMEMBERED_PREFIXES, Balancer
 
 PROMPT = list(range(AFFINITY_TOKENS))
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from frontend.async_engine import AsyncEngine
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from ipc.abort import Abort
 from ipc.lifecycle import CAESURA_ABORT, AbortReceipt, RequestReceipt
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.detokenizer import IncrementalDetokenizer
-from frontend.tokenizer import Tokenizer
+from frontend.text.detokenizer import IncrementalDetokenizer
+from frontend.text.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import KINDS, tiny_tokenizer, token_id
 
 

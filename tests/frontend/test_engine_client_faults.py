@@ -10,8 +10,8 @@ import pytest
 
 from frontend.errors import DuplicateRequestIdError, EngineDeadError
 from frontend.outputs import RequestOutput
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from ipc.codec import pack
 from ipc.lifecycle import AbortReceipt
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, LogprobsLists

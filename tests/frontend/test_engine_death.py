@@ -14,8 +14,8 @@ from engine_core.fake_runner import expected_tokens
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
 from frontend.errors import EngineDeadError, EngineStartupError
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from ipc.engine_config import EngineConfig
 
 CONFIG = EngineConfig(

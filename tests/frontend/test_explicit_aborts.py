@@ -6,8 +6,8 @@ import asyncio
 import time
 
 from frontend.async_engine import AsyncEngine
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from ipc.lifecycle import CAESURA_ABORT
 from ipc.output import FinishReason
 from tests.support.auto_answers import AutoAnswers

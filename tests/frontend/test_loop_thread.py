@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from frontend.errors import EngineDeadError
-from frontend.loop_thread import AsyncReader, BlockingReader, LoopThread
+from frontend.sync.loop_thread import AsyncReader, BlockingReader, LoopThread
 
 WAIT_S = 10.0
 

@@ -7,9 +7,9 @@ import gc
 
 import pytest
 
-from frontend.mailbox import Mailbox
 from frontend.outputs import AbortCause, RequestOutput, Terminal
-from frontend.stream import RequestStream
+from frontend.requests.mailbox import Mailbox
+from frontend.requests.stream import RequestStream
 
 LENGTH = Terminal("length")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.output_processor import OutputProcessor, ProcessedDelta
 from frontend.sampling_params import SamplingParams
+from frontend.text.output_processor import OutputProcessor, ProcessedDelta
 from tests.support.tiny_tokenizers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("byte_level")

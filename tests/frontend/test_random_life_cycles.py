@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from frontend.async_engine import AsyncEngine
 from frontend.outputs import RequestOutput
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from tests.support.auto_answers import AutoAnswers, mock_tokens
 from tests.support.mock_fleet import mock_fleet
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from frontend.errors import DuplicateRequestIdError
-from frontend.mailbox import Mailbox
-from frontend.registry import Entry, RequestRegistry
+from frontend.requests.mailbox import Mailbox
+from frontend.requests.registry import Entry, RequestRegistry
 
 
 def entry(request_id: str, *, aliases: tuple[str, ...] = (), batch_id: str | None = None) -> Entry:

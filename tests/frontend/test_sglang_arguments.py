@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from frontend.config import BUNDLED_MODEL_DIRECTORY, FrontendConfig
-from frontend.engine import Engine
-from frontend.sglang_arguments import read_arguments
+from frontend.sync.engine import Engine
+from frontend.sync.sglang_arguments import read_arguments
 
 
 def test_without_a_model_the_bundled_one_is_served() -> None:

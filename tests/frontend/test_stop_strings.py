@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.stop_strings import StopMatch, StopStrings
+from frontend.text.stop_strings import StopMatch, StopStrings
 
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4)
 

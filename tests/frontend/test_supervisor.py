@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from frontend.supervisor import EngineSupervisor, engine_environment
+from frontend.engines.supervisor import EngineSupervisor, engine_environment
 from ipc.engine_config import EngineConfig
 from tests.support.scripted_frontend import REPOSITORY, ScriptedFrontend
 
@@ -82,7 +82,7 @@ def pretend_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
 
 _LAUNCHER = """
 import sys, time
-from frontend.supervisor import EngineSupervisor
+from frontend.engines.supervisor import EngineSupervisor
 from ipc.engine_config import EngineConfig
 
 supervisor = EngineSupervisor(
@@ -208,7 +208,7 @@ def test_engines_share_the_cores_unless_the_user_says_otherwise(
 def test_a_package_that_would_shadow_ours_is_named_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
-    check = "from frontend.shadowing import check_packages_are_ours as check; check()"
+    check = "from frontend.engines.shadowing import check_packages_are_ours as check; check()"
     run = subprocess.run(
         [sys.executable, "-P", "-c", check],
         env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"},

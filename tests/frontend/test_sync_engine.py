@@ -19,7 +19,6 @@ import pytest
 
 from engine_core.fake_runner import expected_tokens
 from frontend.config import FrontendConfig
-from frontend.engine import Engine
 from frontend.errors import (
     DuplicateRequestIdError,
     EngineDeadError,
@@ -27,7 +26,8 @@ from frontend.errors import (
     PromptTooLongError,
 )
 from frontend.sampling_params import SamplingParams
-from frontend.sglang_requests import SamplingArgument
+from frontend.sync.engine import Engine
+from frontend.sync.sglang_requests import SamplingArgument
 from ipc.engine_config import EngineConfig
 
 REPOSITORY = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frontend.chat_template import ChatTemplateError
-from frontend.token_bytes import TokenizerError, compile_decoder
-from frontend.tokenizer import Tokenizer
+from frontend.text.chat_template import ChatTemplateError
+from frontend.text.token_bytes import TokenizerError, compile_decoder
+from frontend.text.tokenizer import Tokenizer
 from tests.support.tiny_tokenizers import (
     EOS,
     KINDS,
@@ -216,7 +216,7 @@ def test_a_broken_template_is_found_when_it_is_loaded(tmp_path: Path) -> None:
 
 def test_the_front_end_side_never_imports_torch_or_transformers() -> None:
     code = (
-        "import sys, frontend.tokenizer, frontend.output_processor;"
+        "import sys, frontend.text.tokenizer, frontend.text.output_processor;"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=REPOSITORY)

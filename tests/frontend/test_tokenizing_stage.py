@@ -13,7 +13,7 @@ from frontend.async_engine import MAX_INLINE_CHARS, AsyncEngine
 from frontend.errors import DuplicateRequestIdError, PromptTooLongError
 from frontend.outputs import AbortCause
 from frontend.sampling_params import SamplingParams
-from frontend.tokenizer import Tokenizer
+from frontend.text.tokenizer import Tokenizer
 from ipc.engine_config import EngineConfig
 from tests.support.mock_engine import MockEngine
 from tests.support.mock_fleet import mock_fleet
@@ -133,7 +133,7 @@ async def test_L1_when_the_engines_die_meanwhile_the_request_ends_with_an_error(
     async with stuck_tokenizer(monkeypatch) as (frontend, engine, release):
         stream = frontend.generate(LONG_TEXT)
         await engine.die()
-        while frontend.is_healthy:
+        while frontend.is_healthy:  # noqa: ASYNC110 (nothing tells when it changes)
             await asyncio.sleep(0.01)
         release.set()
         result = await asyncio.wait_for(stream.result(), 5)

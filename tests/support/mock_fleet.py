@@ -16,8 +16,8 @@ from typing import Any
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
+from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.stream import RequestStream
 from ipc.output import FinishReason
 from tests.support.mock_engine import MockEngine
 

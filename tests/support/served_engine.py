@@ -21,7 +21,7 @@ import httpx
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
-from frontend.serving import serve_on
+from frontend.http.serving import serve_on
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
-import frontend.tokenizer
+import frontend.text.tokenizer
 
 TEXTS = [
     "Hello world, the quick brown fox jumps over the lazy dog.",
@@ -86,10 +86,10 @@ def token_id(kind: str, token: str) -> int:
 
 
 @functools.cache
-def tiny_tokenizer(kind: str) -> frontend.tokenizer.Tokenizer:
+def tiny_tokenizer(kind: str) -> frontend.text.tokenizer.Tokenizer:
     """Caesura's tokenizer of one of `KINDS`."""
     with tempfile.TemporaryDirectory() as directory:
-        return frontend.tokenizer.Tokenizer(
+        return frontend.text.tokenizer.Tokenizer(
             save_model(Path(directory), new_library_tokenizer(kind))
         )
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from frontend.shadowing import PACKAGE_ROOT, check_packages_are_ours
+from frontend.engines.shadowing import PACKAGE_ROOT, check_packages_are_ours
 from ipc.engine_config import SETUP_ERROR_PREFIX, EngineConfig
 
 _NUM_KEPT_LINES = 20

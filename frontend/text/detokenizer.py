@@ -12,7 +12,7 @@ from __future__ import annotations
 from codecs import utf_8_decode
 from collections.abc import Iterable, Sequence
 
-from frontend.tokenizer import Tokenizer
+from frontend.text.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:

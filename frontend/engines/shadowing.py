@@ -11,7 +11,7 @@ from pathlib import Path
 
 from frontend.errors import EngineStartupError
 
-PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 """The directory that holds our packages."""
 _PACKAGES = ("engine_core", "ipc", "kernels")
 

@@ -26,12 +26,12 @@ from typing import Any, Self
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
 from frontend.errors import EngineDeadError
-from frontend.loop_thread import AsyncReader, BlockingReader, LoopThread
 from frontend.outputs import AbortReceipt, RequestOutput
-from frontend.sglang_arguments import EngineArguments, read_arguments
-from frontend.sglang_requests import GenerateCall, ResultBuilder, SamplingArgument, read_call
-from frontend.stream import RequestStream
-from frontend.tokenizer import Tokenizer
+from frontend.requests.stream import RequestStream
+from frontend.sync.loop_thread import AsyncReader, BlockingReader, LoopThread
+from frontend.sync.sglang_arguments import EngineArguments, read_arguments
+from frontend.sync.sglang_requests import GenerateCall, ResultBuilder, SamplingArgument, read_call
+from frontend.text.tokenizer import Tokenizer
 from ipc.lifecycle import EngineStatus
 from ipc.logs import LEVEL_VARIABLE
 

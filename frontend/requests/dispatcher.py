@@ -18,13 +18,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from frontend.abort_queue import AbortQueue
-from frontend.balancer import Balancer
-from frontend.engine_client import CLIENT_INDEX, EngineClient
+from frontend.engines.engine_client import CLIENT_INDEX, EngineClient
 from frontend.errors import EngineDeadError
-from frontend.logprobs import token_logprobs
 from frontend.outputs import AbortCause, FinishReasonName, Terminal
-from frontend.registry import Entry, RequestRegistry
+from frontend.requests.abort_queue import AbortQueue
+from frontend.requests.balancer import Balancer
+from frontend.requests.logprobs import token_logprobs
+from frontend.requests.registry import Entry, RequestRegistry
 from ipc.abort import encode_abort
 from ipc.errors import WireError
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, OutputError

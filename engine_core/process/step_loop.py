@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 
 from engine_core.core import EngineCore, Input
-from engine_core.intake import Failure, Intake, Received, Shutdown
 from engine_core.outbox import Outgoing
+from engine_core.process.intake import Failure, Intake, Received, Shutdown
 from ipc.frames import InputError
 from ipc.logs import RateLimitedLog
 

@@ -18,8 +18,8 @@ from queue import SimpleQueue
 import zmq
 
 from engine_core.core import Input
-from engine_core.intake import Failure, Intake, Received
 from engine_core.outbox import Outgoing
+from engine_core.process.intake import Failure, Intake, Received
 from ipc.errors import WireError
 from ipc.frames import InputError, decode_input
 from ipc.logs import RateLimitedLog

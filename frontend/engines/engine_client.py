@@ -23,9 +23,9 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from frontend.engines.handshake import Handshake
+from frontend.engines.socket_reader import SocketReader
 from frontend.errors import EngineDeadError, EngineStartupError, UtilityCallError
-from frontend.handshake import Handshake
-from frontend.socket_reader import SocketReader
 from ipc import sockets
 from ipc.errors import WireError
 from ipc.handshake import Init, Registration, engine_identity

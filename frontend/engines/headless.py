@@ -7,7 +7,7 @@ import queue
 import signal
 from collections.abc import Sequence
 
-from frontend.supervisor import EngineSupervisor
+from frontend.engines.supervisor import EngineSupervisor
 from ipc.engine_config import EngineConfig
 
 logger = logging.getLogger(__name__)

@@ -24,15 +24,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frontend.async_engine import AsyncEngine
 from frontend.errors import EngineDeadError, InvalidRequestError
-from frontend.hang_up import EndOnHangUp
-from frontend.http_errors import ApiError, from_exception, from_terminal
-from frontend.openai_completions import (
+from frontend.http.completions import (
     CompletionFormat,
     CompletionRequest,
     parse_completion,
     parse_request_id,
 )
-from frontend.stream import RequestStream
+from frontend.http.errors import ApiError, from_exception, from_terminal
+from frontend.http.hang_up import EndOnHangUp
+from frontend.requests.stream import RequestStream
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _DONE = b"data: [DONE]\n\n"

@@ -20,8 +20,8 @@ from typing import Any
 import huggingface_hub
 import tokenizers
 
-from frontend.chat_template import ChatTemplate, ChatTemplateError
-from frontend.token_bytes import TokenBytes, TokenizerError, compile_decoder
+from frontend.text.chat_template import ChatTemplate, ChatTemplateError
+from frontend.text.token_bytes import TokenBytes, TokenizerError, compile_decoder
 
 _HUB_PATTERNS = ["tokenizer*", "special_tokens_map.json", "config.json", "generation_config.json"]
 _HUB_PATTERNS += ["chat_template*"]

@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
-from frontend.mailbox import Mailbox
 from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
+from frontend.requests.mailbox import Mailbox
 
 
 class RequestStream:

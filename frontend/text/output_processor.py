@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from frontend.detokenizer import IncrementalDetokenizer
 from frontend.sampling_params import SamplingParams
-from frontend.stop_strings import StopMatch, StopStrings
-from frontend.tokenizer import Tokenizer
+from frontend.text.detokenizer import IncrementalDetokenizer
+from frontend.text.stop_strings import StopMatch, StopStrings
+from frontend.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from frontend.errors import DuplicateRequestIdError
-from frontend.mailbox import Mailbox
-from frontend.output_processor import OutputProcessor
 from frontend.outputs import AbortCause, Terminal
+from frontend.requests.mailbox import Mailbox
+from frontend.text.output_processor import OutputProcessor
 
 
 @dataclass(slots=True, eq=False)

@@ -16,10 +16,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from frontend.dispatcher import Dispatcher
 from frontend.errors import InvalidRequestError, UtilityCallError
 from frontend.outputs import AbortCause, AbortedRequest, AbortReceipt, Terminal
-from frontend.registry import Entry
+from frontend.requests.dispatcher import Dispatcher
+from frontend.requests.registry import Entry
 from ipc import lifecycle
 from ipc.errors import WireError
 

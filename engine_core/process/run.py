@@ -18,12 +18,12 @@ from types import FrameType
 import zmq
 
 from engine_core.core import EngineCore
-from engine_core.frontend_link import FrontendLink, LinkError
-from engine_core.intake import Intake, Shutdown
-from engine_core.io_threads import Farewell, InputThread, OutputThread
-from engine_core.launcher_watch import LauncherWatch
-from engine_core.loading import load_core
-from engine_core.step_loop import StepLoop
+from engine_core.process.frontend_link import FrontendLink, LinkError
+from engine_core.process.intake import Intake, Shutdown
+from engine_core.process.io_threads import Farewell, InputThread, OutputThread
+from engine_core.process.launcher_watch import LauncherWatch
+from engine_core.process.loading import load_core
+from engine_core.process.step_loop import StepLoop
 from ipc.engine_config import EngineConfig
 from ipc.handshake import CAESURA_PROTOCOL, Init, Registration
 

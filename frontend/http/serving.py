@@ -23,7 +23,7 @@ import uvicorn
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
-from frontend.http_server import create_app
+from frontend.http.server import create_app
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from frontend.http_errors import ApiError
+from frontend.http.errors import ApiError
 from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
 from frontend.sampling_params import SamplingParams
 

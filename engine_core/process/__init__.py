@@ -1,0 +1,1 @@
+"""The shell around the synchronous core: sockets, threads, signals, start and end."""

@@ -1,0 +1,1 @@
+"""Engines as the front end has them: processes, sockets and the handshake."""

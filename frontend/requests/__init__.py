@@ -1,0 +1,1 @@
+"""The life of requests: registry, streams, auto-aborts, explicit aborts and their dispatch."""

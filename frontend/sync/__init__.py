@@ -1,0 +1,1 @@
+"""The engine without an event loop, under SGLang's names."""
