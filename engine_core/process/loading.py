@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
 from engine_core.core import EngineCore
@@ -32,6 +34,8 @@ def load_core(config: EngineConfig, *, rank: int, num_local_engines: int) -> tup
         # Imported only here: it brings torch, which engines with a fake runner start without.
         from engine_core.model_loader import load_runner
 
+        # Engines of one launcher share its seed; drawn alike, they would answer alike.
+        config = dataclasses.replace(config, seed=config.seed + rank)
         runner, resolved = load_runner(config, num_local_engines)
         max_model_len, dtype = resolved.max_model_len, resolved.dtype
     limits = SchedulerConfig(

@@ -202,6 +202,14 @@ def request(request_id: str, **fields: object) -> EngineCoreRequest:
         ({"prompt_token_ids": [31_999, 32_000]}, "prompt token id 32000.*32000 tokens"),
         ({"sampling_params": None}, "sampling_params is missing"),
         ({"client_index": 3}, "client_index=3 came over the socket of client 0"),
+        (
+            {"sampling_params": SamplingParams(allowed_token_ids=())},
+            r"allowed_token_ids=\[\] leaves no token of the vocabulary of 32000",
+        ),
+        (
+            {"sampling_params": SamplingParams(allowed_token_ids=(32_000,))},
+            r"allowed_token_ids=\[32000\] leaves no token",
+        ),
         ({"mm_features": [1]}, "not supported by this engine: mm_features"),
     ],
 )
