@@ -46,8 +46,8 @@ def build_request(
     allowed = sampling.allowed_token_ids
     if allowed is not None and not any(token_id < vocab_size for token_id in allowed):
         raise InvalidRequest(
-            f"allowed_token_ids={list(allowed)[:8]} leaves no token of the vocabulary of {vocab_size}; "
-            "name at least one, or leave it out"
+            f"allowed_token_ids={list(allowed)[:8]} leaves no token of the vocabulary "
+            f"of {vocab_size}; name at least one, or leave it out"
         )
     eos_token_ids = set() if sampling.eos_token_id is None else {sampling.eos_token_id}
     return Request(

@@ -32,7 +32,7 @@ def load_core(config: EngineConfig, *, rank: int, num_local_engines: int) -> tup
         )
     else:
         # Imported only here: it brings torch, which engines with a fake runner start without.
-        from engine_core.model_loader import load_runner
+        from engine_core.model.loader import load_runner
 
         # Engines of one launcher share its seed; drawn alike, they would answer alike.
         config = dataclasses.replace(config, seed=config.seed + rank)

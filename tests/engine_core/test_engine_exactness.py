@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine_core.model_loader import load_runner
+from engine_core.model.loader import load_runner
 from frontend.config import BUNDLED_MODEL_DIRECTORY
 from ipc.engine_config import EngineConfig
 from ipc.output import EventType

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine_core.models.config import (
+from engine_core.model.config import (
     parse_model_config,
     read_eos_token_ids,
     read_model_config,
 )
-from engine_core.models.errors import ModelError
-from engine_core.models.rope import RopeConfig, cos_sin_table
+from engine_core.model.errors import ModelError
+from engine_core.model.rope import RopeConfig, cos_sin_table
 from tests.support.tiny_models import CONFIGS
 
 LLAMA: dict[str, Any] = {

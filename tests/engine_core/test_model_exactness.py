@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine_core.batch import ModelRunner, StepBatch
-from engine_core.model_loader import load_runner
+from engine_core.model.loader import load_runner
 from ipc.engine_config import EngineConfig
 from ipc.request import SamplingParams
 from tests.support.scripted_batching import ScriptedBatching

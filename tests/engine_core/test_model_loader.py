@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine_core.model_loader import ResolvedModel, load_runner
-from engine_core.models.errors import ModelError
+from engine_core.model.errors import ModelError
+from engine_core.model.loader import ResolvedModel, load_runner
 from ipc.engine_config import EngineConfig
 from tests.support.tiny_models import CONFIGS, VOCAB_SIZE, save_model
 

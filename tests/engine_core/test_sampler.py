@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine_core.batch import JoinedSequence
-from engine_core.sampler import Sampler
-from engine_core.sampling_ops import uniform_draws
+from engine_core.model.sampler import Sampler
+from engine_core.model.sampling_ops import uniform_draws
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
 from tests.support.slow_sampler import chi_square_limit, edited_logits, pick, probabilities

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine_core.batch import JoinedSequence
-from engine_core.sampler import Sampler
-from engine_core.sampling_ops import pick_tokens, uniform_draws
+from engine_core.model.sampler import Sampler
+from engine_core.model.sampling_ops import pick_tokens, uniform_draws
 from ipc.request import SamplingParams
 from tests.support.slow_sampler import chi_square_limit
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine_core.models.config import read_model_config
-from engine_core.models.decoder import Decoder
-from engine_core.models.errors import ModelError
-from engine_core.models.weights import Checkpoint, model_directory, stored_dtype
+from engine_core.model.config import read_model_config
+from engine_core.model.decoder import Decoder
+from engine_core.model.errors import ModelError
+from engine_core.model.weights import Checkpoint, model_directory, stored_dtype
 from tests.support.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from engine_core.batch import JoinedSequence, StepBatch, StepResult
-from engine_core.models.decoder import Decoder
-from engine_core.persistent_batch import PersistentBatch
-from engine_core.sampler import Sampler
+from engine_core.model.decoder import Decoder
+from engine_core.model.persistent_batch import PersistentBatch
+from engine_core.model.sampler import Sampler
 from ipc.request import SamplingParams
 
 
 class TorchModelRunner:
-    """Implements `ModelRunner` with PyTorch; `engine_core.model_loader.load_runner` makes one."""
+    """Implements `ModelRunner` with PyTorch; `engine_core.model.loader.load_runner` makes one."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_core.batch import JoinedSequence
-from engine_core.sampling_ops import (
+from engine_core.model.sampling_ops import (
     apply_penalties,
     gather_logprobs,
     pick_tokens,

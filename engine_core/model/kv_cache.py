@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine_core.models.config import ModelConfig
-from engine_core.models.errors import ModelError
+from engine_core.model.config import ModelConfig
+from engine_core.model.errors import ModelError
 from ipc.engine_config import EngineConfig
 
 _CUDA_SHARE = 0.9

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine_core.models.errors import ModelError
-from engine_core.models.rope import RopeConfig, context_limit, parse_rope
+from engine_core.model.errors import ModelError
+from engine_core.model.rope import RopeConfig, context_limit, parse_rope
 
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from engine_core.models.errors import ModelError
+from engine_core.model.errors import ModelError
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from engine_core.kv_cache import allocate_kv_cache, choose_num_blocks
-from engine_core.model_runner import TorchModelRunner
-from engine_core.models.config import ModelConfig, read_eos_token_ids, read_model_config
-from engine_core.models.decoder import Decoder
-from engine_core.models.errors import ModelError
-from engine_core.models.weights import Checkpoint, model_directory, stored_dtype
+from engine_core.model.config import ModelConfig, read_eos_token_ids, read_model_config
+from engine_core.model.decoder import Decoder
+from engine_core.model.errors import ModelError
+from engine_core.model.kv_cache import allocate_kv_cache, choose_num_blocks
+from engine_core.model.runner import TorchModelRunner
+from engine_core.model.weights import Checkpoint, model_directory, stored_dtype
 from ipc.engine_config import EngineConfig
 
 _WARM_UP_ELEMENTS = 2**18

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine_core.models.config import ModelConfig
-from engine_core.models.linear import Linear
-from engine_core.models.rope import cos_sin_table
-from engine_core.models.weights import Checkpoint
+from engine_core.model.config import ModelConfig
+from engine_core.model.linear import Linear
+from engine_core.model.rope import cos_sin_table
+from engine_core.model.weights import Checkpoint
 from kernels import ops
 
 

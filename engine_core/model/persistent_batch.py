@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_core.batch import StepBatch
-from engine_core.models.decoder import StepInputs
+from engine_core.model.decoder import StepInputs
 
 Integers = NDArray[np.int64]
 

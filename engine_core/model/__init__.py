@@ -1,0 +1,1 @@
+"""Model execution with PyTorch: configuration, weights, decoder, runner, sampler."""
