@@ -47,6 +47,7 @@ from kernels.cpu_runtime import (
     pointer,
     prefetch,
     run_each,
+    summing_jit,
     widen,
 )
 
@@ -287,7 +288,7 @@ def _attend_tile(
             out[first + m // group, column + d] = narrow(acc[m, d] * inverse, out[0, 0])
 
 
-@jit
+@summing_jit
 def _score(scaled: Any, keys: Any, num_keys: int, soon: Any, scores: Any, column: int) -> None:
     """scores[m, column + t] = scaled[m] . keys[t], four keys at a time; prefetches page `soon`."""
     queries, head_size = scaled.shape
@@ -311,7 +312,7 @@ def _score(scaled: Any, keys: Any, num_keys: int, soon: Any, scores: Any, column
             scores[m, column + t + 3] = s3
 
 
-@jit
+@summing_jit
 def _weigh(scores: Any, seen: int, m: int, highest: Any, total: Any, acc: Any) -> None:
     """Turn query m's scores into weights, zero past the `seen` keys that it may look at."""
     top = highest[m]

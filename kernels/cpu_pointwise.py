@@ -27,6 +27,7 @@ from kernels.cpu_runtime import (
     parallel_jit,
     pointer,
     run_each,
+    summing_jit,
     widen,
 )
 
@@ -167,12 +168,18 @@ def _add_rms_norm(
 
 @jit
 def _normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
+    mean = _sum_of_squares(x) / np.float32(x.size)
+    inverse = np.float32(1) / np.sqrt(mean + np.float32(eps))
+    for i in range(x.size):
+        out[i] = narrow(widen(x[i]) * inverse * widen(weight[i]), out[0])
+
+
+@summing_jit
+def _sum_of_squares(x: Any) -> Any:
     squares = np.float32(0)
     for i in range(x.size):
         squares += widen(x[i]) * widen(x[i])
-    inverse = np.float32(1) / np.sqrt(squares / np.float32(x.size) + np.float32(eps))
-    for i in range(x.size):
-        out[i] = narrow(widen(x[i]) * inverse * widen(weight[i]), out[0])
+    return squares
 
 
 def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:

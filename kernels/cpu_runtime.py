@@ -8,8 +8,13 @@ numba has no bfloat16, so a bfloat16 is a uint16 here: the upper half of a float
 `narrow` convert one element; they, and whole kernels, specialise on the element's type, which a
 call passes as a zero of that type (`element_of`).
 
-Fast-math is on, but for the assumption that there is no infinity or NaN: a running maximum starts
-at -inf.
+The cache (kernels/__pycache__) notices changes of a function's own file only: after a change in
+this file, delete it.
+
+Results are reproducible bit for bit. The compiler may fuse a product and a sum, which it does for
+an element in one way; only in loops that add up (`summing_jit`) may it also reorder, over as many
+partial sums as the CPU has lanes. Elsewhere that would not do: a vectorised loop that stores has a
+scalar twin for arrays that (seem to) overlap, so an element's rounding would depend on addresses.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba.core import cgutils
 from numba.core.types import uint16, void
 from numba.core.types.misc import CPointer
@@ -29,7 +34,8 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+FUSING = {"contract", "nsz"}
+SUMMING = FUSING | {"reassoc"}
 CACHE_LINE_BYTES = 64
 LOG2_E = 1.4426950408889634
 MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS
@@ -41,15 +47,24 @@ _ELEMENTS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
 
 def jit(function: F) -> F:
     """Compile a helper or a kernel that runs on the calling thread."""
-    compiled: F = numba.njit(cache=True, fastmath=FAST_MATH, error_model="numpy")(function)
-    return compiled
+    return _compile(function, fastmath=FUSING)
+
+
+def summing_jit(function: F) -> F:
+    """Compile a helper whose loops add up, in one order, of the compiler's choice."""
+    return _compile(function, fastmath=SUMMING)
 
 
 def parallel_jit(function: F) -> F:
     """Compile a kernel whose `prange` loops are spread over threads."""
-    compiled: F = numba.njit(cache=True, fastmath=FAST_MATH, error_model="numpy", parallel=True)(
-        function
-    )
+    return _compile(function, fastmath=FUSING, parallel=True)
+
+
+def _compile(function: F, **options: Any) -> F:
+    try:
+        compiled: F = numba.njit(cache=True, error_model="numpy", **options)(function)
+    except RuntimeError:  # no folder to keep the cache in: compile anew in every process
+        compiled = numba.njit(error_model="numpy", **options)(function)
     return compiled
 
 

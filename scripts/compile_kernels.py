@@ -181,8 +181,11 @@ def compile_one(build: Build) -> Report:
             target=GPUTarget("cuda", build.target, 32),
             options=build.settings.options(),
         )
-    except Exception as error:  # whatever is raised is this build's result
-        text = " ".join(str(error).split())[:300]
+    except Exception as raised:  # whatever it is, it is this build's result
+        error: BaseException = raised
+        while error.__cause__ is not None:  # at the end of the chain is the reason
+            error = error.__cause__
+        text = " ".join(str(error).split())[-300:]
         return Report(*head, time.perf_counter() - begin, error=f"{type(error).__name__}: {text}")
     registers, stack_bytes = resource_usage(binary.asm["cubin"])
     shared = binary.metadata.shared

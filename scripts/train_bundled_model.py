@@ -10,8 +10,8 @@ Needs torch, tokenizers, safetensors and, for the last check, transformers.
 
 Invariants:
 - Every file in `--out` is replaced atomically: a reader never sees half a checkpoint.
-- A usable checkpoint is in `--out` from the first `--export-minutes` on; only its weights and
-  card change after that.
+- A usable checkpoint is in `--out` from the first `--export-minutes` on; only its weights, card
+  and, with the last phase, `rope_theta` change after that.
 - With `--tokens`, the sequence of batches and learning rates depends on the options alone; with
   `--minutes`, on the machine's speed too. A run continued from `--state` keeps its weights, its
   optimizer and its place in the schedule, but draws its windows anew.
@@ -33,9 +33,21 @@ import torch
 from scripts.bundled_model import card, checkpoint, corpus
 from scripts.bundled_model.llama import Llama, ModelShape
 
-# (share of the budget at which the phase ends, context in tokens): attention over thousands of
-# tokens costs several times what the rest of the network does, so long contexts come last.
-PHASES = ((0.8, 512), (0.9, 2048), (1.0, 8192))
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: the share of the budget at its end, and what holds until then."""
+
+    end: float
+    context: int
+    rope_theta: float
+
+
+# Attention over thousands of tokens costs several times what the rest of the network does, so long
+# contexts come last. The slower rotations of the last phase make the positions it adds look like
+# those already learnt: without them so short a phase leaves the loss beyond 4096 positions nearly
+# a nat higher.
+PHASES = (Phase(0.75, 512, 10000.0), Phase(0.85, 2048, 10000.0), Phase(1.0, 8192, 80000.0))
 MICRO_BATCH_TOKENS = 2048
 BATCH_TOKENS = 8192
 WARM_UP_STEPS = 40
@@ -82,9 +94,9 @@ def windows(stream: torch.Tensor, context: int, seed: int) -> Iterator[torch.Ten
             yield stream[starts[i] : starts[i] + context + 1]
 
 
-def context_at(share: float) -> int:
-    """Context in tokens when `share` of the budget is spent."""
-    return next(context for end, context in PHASES if share < end or end == 1.0)
+def phase_at(share: float) -> Phase:
+    """The phase when `share` of the budget is spent."""
+    return next((phase for phase in PHASES if share < phase.end), PHASES[-1])
 
 
 def rate_at(step: int, share: float) -> float:
@@ -183,8 +195,10 @@ def train(
         )
         if spent >= 1.0:
             break
-        if context_at(spent) != context:
-            context = context_at(spent)
+        if phase_at(spent).context != context:
+            context = phase_at(spent).context
+            model.set_rope_theta(phase_at(spent).rope_theta)
+            checkpoint.export_config(options.out, model.shape)
             source = windows(stream, context, options.seed + progress.step)
         rows = max(1, MICRO_BATCH_TOKENS // context)
         count = max(BATCH_TOKENS, 2 * context) // (rows * context)
@@ -211,6 +225,9 @@ def train(
             save()
             quick_loss = held_out_losses(model, quick, 512, pool).mean().item()
             print(f"exported; held-out loss (part) {quick_loss:.4f}", flush=True)
+    # Needed here as well when all of the budget was spent by the run that is continued.
+    model.set_rope_theta(PHASES[-1].rope_theta)
+    checkpoint.export_config(options.out, model.shape)
     save()
     return progress
 

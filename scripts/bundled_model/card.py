@@ -15,7 +15,9 @@ from scripts.bundled_model.llama import Llama
 BUCKETS = ((0, 512), (512, 2048), (2048, 4096), (4096, 8192))
 SHORT_CONTEXT = 512
 SAMPLE_TOKENS = 200
-PROMPTS = ("def ", "class ", "import os\n")
+# Two of these end in a line break and one in a letter: a prompt that ends in a space asks for what
+# follows a space of its own, and in the training text that is a number.
+PROMPTS = ("def parse(self, text):\n", "class Queue", "import os\n")
 QUESTION = "Write a Python function `is_empty`: Return True if the queue is empty."
 
 
@@ -116,7 +118,8 @@ exactly; each digit is a token, and so is a run of up to 31 spaces.
 {figures.corpus_tokens / 1e6:.2f} million) in {figures.minutes:.0f} minutes on {figures.threads}
 CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}) shared with other
 work. Muon for the matrices, AdamW for the rest, bfloat16 autocast. The context is 512 tokens for
-the first 80 % of the time, 2048 for the next 10 % and 8192 for the last 10 %.
+the first 75 % of the time, 2048 for the next 10 % and 8192 for the last 15 %, in which the base of
+the rotary positions is raised from 10000 to {shape.rope_theta:.0f}.
 
 To make it again (the figures depend on how many tokens the machine manages in that time; give
 `--tokens {figures.train_tokens}` in place of `--minutes` for the same amount of training):
@@ -150,7 +153,9 @@ It has the look of Python and none of the sense: names are invented, code seldom
 it states is not to be relied on. It knows nothing outside the standard library and hardly any
 English beyond docstrings and the language reference. It has seen one kind of chat message
 ("Write a Python function ...") and will answer anything else with code-like text. Greedy
-continuations tend to repeat themselves.
+continuations tend to repeat themselves. A word's token includes the space before it, so a prompt
+must not end in a space: after "def " it writes numbers. One word alone ("def") is too little to
+go on and is merely repeated; a whole line does best.
 
 ## Samples
 

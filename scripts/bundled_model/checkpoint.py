@@ -38,10 +38,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def export_config(out: Path, shape: ModelShape) -> None:
+    """Write the description of the network."""
+    _write_json(out / "config.json", shape.hf_config())
+
+
 def export_fixed_files(out: Path, shape: ModelShape, tokenizer: Tokenizer) -> None:
     """Write everything that does not change while training."""
     write_atomically(out / "LICENSE.txt", corpus.licence_text().encode())
-    _write_json(out / "config.json", shape.hf_config())
     write_atomically(out / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     _write_json(
         out / "tokenizer_config.json",

@@ -7,7 +7,7 @@ that `transformers` loads unchanged and that gives the same logits there.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,6 +142,10 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
+        self.set_positions(shape)
+
+    def set_positions(self, shape: ModelShape) -> None:
+        """Compute the rotary tables, [positions, head_dim / 2] each."""
         exponents = torch.arange(0, shape.head_dim, 2) / shape.head_dim
         angles = torch.outer(torch.arange(shape.max_positions), shape.rope_theta**-exponents)
         # Not persistent: `transformers` computes its own tables.
@@ -174,6 +178,11 @@ class Llama(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Map token ids [batch, tokens] to logits [batch, tokens, vocab]."""
         return F.linear(self.model(ids), self.model.embed_tokens.weight)
+
+    def set_rope_theta(self, rope_theta: float) -> None:
+        """Change the base of the rotary positions, in the shape as well."""
+        self.shape = replace(self.shape, rope_theta=rope_theta)
+        self.model.set_positions(self.shape)
 
     def token_losses(self, ids: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats of each next token: ids [batch, n + 1] to losses [batch, n]."""

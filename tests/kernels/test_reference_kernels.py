@@ -1,0 +1,114 @@
+"""The reference against the definitions, written out in float64 one number at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from tests.kernels.paged_cases import PagedBatch, Shape, paged_batch, poisoned_like
+
+
+def naive_attention(
+    batch: PagedBatch, token: int, row: int, visible: int, head: int
+) -> list[float]:
+    """One query head's result over the row's first `visible` keys."""
+    block_size = batch.key_cache.shape[2]
+    group = batch.query.shape[1] // batch.key_cache.shape[1]
+    places = [
+        (int(batch.block_tables[row, j // block_size]), head // group, j % block_size)
+        for j in range(visible)
+    ]
+    query = batch.query[token, head].double()
+    scores = [float(query @ batch.key_cache[place].double()) * batch.scale for place in places]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    values = torch.stack([batch.value_cache[place].double() for place in places])
+    weighted = torch.tensor(weights, dtype=torch.float64) @ values
+    result: list[float] = (weighted / sum(weights)).tolist()
+    return result
+
+
+def test_decode_attends_to_every_key_of_its_row_and_to_nothing_else() -> None:
+    lengths = [1, 5, 16, 37]
+    batch = paged_batch(Shape(3, 2, 8, 16), lengths)
+    out = reference.paged_decode_attention(*batch.decode_arguments(), poisoned_like(batch.query))
+    for row, length in enumerate(lengths):
+        for head in range(6):
+            expected = naive_attention(batch, row, row, length, head)
+            assert out[row, head].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_prefill_lets_each_query_see_the_keys_up_to_its_own_position() -> None:
+    lengths, query_lens = [7, 20, 33], [7, 1, 5]
+    batch = paged_batch(Shape(2, 2, 8, 16), lengths, query_lens)
+    out = reference.paged_prefill_attention(*batch.prefill_arguments(), poisoned_like(batch.query))
+    token = 0
+    for row, (length, num_queries) in enumerate(zip(lengths, query_lens, strict=True)):
+        for i in range(num_queries):
+            expected = naive_attention(batch, token, row, length - num_queries + i + 1, head=3)
+            assert out[token, 3].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            token += 1
+    assert not out.isnan().any()
+
+
+def test_a_row_of_length_zero_gives_zeros() -> None:
+    batch = paged_batch(Shape(2, 1, 8, 16), [0, 3])
+    out = reference.paged_decode_attention(*batch.decode_arguments(), poisoned_like(batch.query))
+    assert out[0].count_nonzero() == 0
+    assert out[1].count_nonzero() > 0
+
+
+def test_the_cache_write_puts_each_token_at_its_slot_and_skips_minus_one() -> None:
+    key, value = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    key_cache, value_cache = torch.zeros(5, 2, 16, 4), torch.zeros(5, 2, 16, 4)
+    reference.write_kv_cache(key, value, key_cache, value_cache, torch.tensor([35, -1, 0]))
+    assert torch.equal(key_cache[2, :, 3], key[0])
+    assert torch.equal(value_cache[0, :, 0], value[2])
+    assert key_cache.count_nonzero() == value_cache.count_nonzero() == 2 * 2 * 4
+
+
+def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> list[float]:
+    mean = sum(float(a) ** 2 for a in x) / len(x)
+    return [float(a) / math.sqrt(mean + eps) * float(w) for a, w in zip(x, weight, strict=True)]
+
+
+def test_rms_norm_divides_by_the_root_mean_square() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(8)
+    out = reference.rms_norm(x, weight, 1e-3)
+    assert out[1, 2].tolist() == pytest.approx(naive_rms_norm(x[1, 2], weight, 1e-3), rel=1e-5)
+
+
+def test_add_rms_norm_normalises_the_rounded_sum_and_leaves_its_inputs_alone() -> None:
+    x, residual = torch.randn(4, 8).bfloat16(), torch.randn(4, 8).bfloat16()
+    x_before, residual_before = x.clone(), residual.clone()
+    weight = torch.randn(8).bfloat16()
+    normed, total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, (x_before.float() + residual_before.float()).bfloat16())
+    expected = naive_rms_norm(total[2].double(), weight.double(), 1e-6)
+    assert normed[2].tolist() == pytest.approx(expected, rel=2**-8)
+    assert torch.equal(x, x_before)
+    assert torch.equal(residual, residual_before)
+
+
+def test_the_rotary_embedding_turns_each_pair_by_its_angle() -> None:
+    half, positions = 4, torch.tensor([0, 5, 2])
+    angles = torch.rand(6, half) * 7
+    table = torch.cat((angles.cos(), angles.sin()), dim=1)
+    query, key = torch.randn(3, 2, 2 * half), torch.randn(3, 1, 2 * half)
+    query_before = query.clone()
+    reference.rotary_embedding(query, key, positions, table)
+    pair = complex(query_before[1, 0, 3], query_before[1, 0, 3 + half])
+    turned = pair * complex(math.cos(angles[5, 3]), math.sin(angles[5, 3]))
+    assert float(query[1, 0, 3]) == pytest.approx(turned.real, abs=1e-6)
+    assert float(query[1, 0, 3 + half]) == pytest.approx(turned.imag, abs=1e-6)
+
+
+def test_silu_and_mul_multiplies_the_activated_gate_with_up() -> None:
+    gate_up = torch.randn(2, 6) * 5
+    out = reference.silu_and_mul(gate_up)
+    for i in range(3):
+        gate, up = float(gate_up[1, i]), float(gate_up[1, 3 + i])
+        assert float(out[1, i]) == pytest.approx(gate / (1 + math.exp(-gate)) * up, rel=1e-5)
