@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
@@ -256,19 +257,17 @@ class EngineCore:
         outbox: Outbox,
     ) -> None:
         """Commit the sampled tokens, one for each sampling row, and build their outputs."""
-        sampled = iter(token_ids)
-        for request, slot, samples in zip(
-            scheduled.requests, scheduled.batch.slots, scheduled.batch.samples, strict=True
-        ):
-            if not samples:
-                continue
-            token_id = next(sampled)
-            ended = self.scheduler.finish_sampled(request, token_id)
+        sampling = compress(
+            zip(scheduled.requests, scheduled.batch.slots, strict=True), scheduled.batch.samples
+        )
+        for (request, slot), token_id in zip(sampling, token_ids, strict=True):
+            ended = request.append_token(token_id)
             if ended is None and not request.events and slot not in logprobs:
                 outbox.add(request.client_index, EngineCoreOutput(request.request_id, (token_id,)))
                 continue
             if ended is not None:
                 del self._requests[request.request_id]
+                self.scheduler.remove(request)
             outbox.add(
                 request.client_index,
                 EngineCoreOutput(

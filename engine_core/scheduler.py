@@ -26,7 +26,7 @@ from engine_core.config import SchedulerConfig
 from engine_core.prefix_hash import block_hash, root_hash
 from engine_core.request import Request, Stage
 from engine_core.waiting_queue import WaitingQueue
-from ipc.output import EngineCoreEvent, EventType, FinishReason
+from ipc.output import EngineCoreEvent, EventType
 
 ADMISSION_HEADROOM = 0.01
 """Share of the blocks that admission leaves free for running requests to grow into."""
@@ -89,15 +89,6 @@ class Scheduler:
             return 0, 0
         self.running.remove(request)
         return self._give_up_blocks(request)
-
-    def finish_sampled(
-        self, request: Request, token_id: int
-    ) -> tuple[FinishReason, int | None] | None:
-        """Commit a sampled token; takes the request out if that ends it. Returns why, or None."""
-        ended = request.append_token(token_id)
-        if ended is not None:
-            self.remove(request)
-        return ended
 
     # -- a step --------------------------------------------------------------------------------
 
