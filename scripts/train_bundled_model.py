@@ -4,9 +4,10 @@ Reads the sources that ship with the running CPython, trains a 4096-token byte-l
 tokenizer and a 4-million-parameter Llama on them, and writes a folder that
 `transformers.AutoModelForCausalLM` and `AutoTokenizer` load unchanged.
 
-    python -m scripts.train_bundled_model --out frontend/bundled_model --minutes 60
+    python -m scripts.train_bundled_model --out frontend/bundled_model --minutes 38
 
-Needs torch, tokenizers, safetensors and, for the last check, transformers.
+Needs torch, tokenizers, safetensors and, for the last check, transformers. A C++ compiler makes it
+faster but is not needed.
 
 Invariants:
 - Every file in `--out` is replaced atomically: a reader never sees half a checkpoint.
@@ -23,15 +24,21 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+# An OpenMP thread that waits must not spin on a core that another process wants. Read once, when
+# torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
 from scripts.bundled_model import card, checkpoint, corpus
 from scripts.bundled_model.llama import Llama, ModelShape
+
+Losses = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Phase:
 # contexts come last. The slower rotations of the last phase make the positions it adds look like
 # those already learnt: without them so short a phase leaves the loss beyond 4096 positions nearly
 # a nat higher.
-PHASES = (Phase(0.75, 512, 10000.0), Phase(0.85, 2048, 10000.0), Phase(1.0, 8192, 80000.0))
+PHASES = (Phase(0.80, 512, 10000.0), Phase(0.88, 2048, 10000.0), Phase(1.0, 8192, 80000.0))
 MICRO_BATCH_TOKENS = 2048
 BATCH_TOKENS = 8192
 WARM_UP_STEPS = 40
@@ -66,13 +73,14 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--minutes", type=float, default=60.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=38.0, help="training time")
     parser.add_argument("--tokens", type=int, help="training tokens, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -107,19 +115,49 @@ def rate_at(step: int, share: float) -> float:
 
 
 def make_optimizers(model: Llama) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between layers, AdamW for the embedding and the norms."""
+    """Muon for the matrices between layers, AdamW for the embedding and the norms.
+
+    The matrices are dealt out to two optimizers, so that two threads can share Muon's work.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
         torch.optim.Muon(
-            matrices, lr=MATRIX_LR, weight_decay=MATRIX_DECAY, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+            share, lr=MATRIX_LR, weight_decay=MATRIX_DECAY, adjust_lr_fn="match_rms_adamw"
+        )
+        for share in (matrices[::2], matrices[1::2])
+    ] + [torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def micro_batch_rows(context: int) -> int:
+    """Windows that go through the network at once."""
+    return max(1, MICRO_BATCH_TOKENS // context)
+
+
+def gradients_of(
+    model: Llama, losses: Losses, ids: torch.Tensor, share: float
+) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """`share` of the mean loss in nats of ids [sequences, context + 1], and its gradients."""
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = losses(ids).mean() * share
+    return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
+
+
+def compiled_losses(model: Llama) -> Losses:
+    """`model.token_losses`, compiled for the shapes of every phase where the machine allows it."""
+    losses: Losses = torch.compile(model.token_losses, dynamic=False)
+    try:
+        for phase in PHASES:
+            ids = torch.zeros(micro_batch_rows(phase.context), phase.context + 1, dtype=torch.int64)
+            gradients_of(model, losses, ids, 1.0)
+    except Exception as error:  # Most often there is no C++ compiler; nothing else needs it.
+        print(f"not compiled: {type(error).__name__}", flush=True)
+        return model.token_losses
+    return losses
 
 
 def batch_gradients(
-    model: Llama, batches: list[torch.Tensor], pool: ThreadPoolExecutor
+    model: Llama, losses: Losses, batches: list[torch.Tensor], pool: ThreadPoolExecutor
 ) -> tuple[float, list[torch.Tensor]]:
     """Mean loss in nats and its gradients over micro-batches of ids [sequences, context + 1].
 
@@ -127,14 +165,11 @@ def batch_gradients(
     instead makes them wait for one another thousands of times a step, which is ruinous as soon
     as another process wants one of the cores.
     """
-    parameters = list(model.parameters())
 
     def one(ids: torch.Tensor) -> tuple[float, tuple[torch.Tensor, ...]]:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model.token_losses(ids).mean() / len(batches)
-        return loss.item(), torch.autograd.grad(loss, parameters)
+        return gradients_of(model, losses, ids, 1.0 / len(batches))
 
-    total, summed = 0.0, [torch.zeros_like(p) for p in parameters]
+    total, summed = 0.0, [torch.zeros_like(p) for p in model.parameters()]
     for loss, gradients in pool.map(one, batches):
         total += loss
         torch._foreach_add_(summed, gradients)
@@ -182,11 +217,13 @@ def train(
             torch.save(saved, options.state.with_suffix(".partial"))
             options.state.with_suffix(".partial").replace(options.state)
 
+    losses = compiled_losses(model)
     quick = held_out[: QUICK_WINDOWS * 512 + 1]
     context = 0
     source: Iterator[torch.Tensor] = iter(())
     last_save = progress.seconds
     resumed_at, started = progress.seconds, time.monotonic()
+    cpu_resumed_at, cpu_started = progress.cpu_seconds, time.process_time()
     while True:
         spent = (
             progress.tokens / options.tokens
@@ -200,19 +237,20 @@ def train(
             model.set_rope_theta(phase_at(spent).rope_theta)
             checkpoint.export_config(options.out, model.shape)
             source = windows(stream, context, options.seed + progress.step)
-        rows = max(1, MICRO_BATCH_TOKENS // context)
+        rows = micro_batch_rows(context)
         count = max(BATCH_TOKENS, 2 * context) // (rows * context)
         batches = [torch.stack([next(source) for _ in range(rows)]) for _ in range(count)]
-        loss, gradients = batch_gradients(model, batches, pool)
+        loss, gradients = batch_gradients(model, losses, batches, pool)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * rate_at(progress.step, spent)
-            optimizer.step()
+        list(pool.map(lambda optimizer: optimizer.step(), optimizers))
         progress.step += 1
         progress.tokens += count * rows * context
         progress.seconds = resumed_at + time.monotonic() - started
+        progress.cpu_seconds = cpu_resumed_at + time.process_time() - cpu_started
         if progress.step % 10 == 0:
             speed = progress.tokens / progress.seconds
             print(
@@ -242,7 +280,7 @@ def main() -> None:
 
     texts = corpus.load_corpus()
     tokenizer = corpus.train_tokenizer(texts.train)
-    stream = corpus.encode_stream(tokenizer, texts.train + texts.lessons, options.seed)
+    stream = corpus.encode_stream(tokenizer, texts.train + texts.lessons, options.seed, True)
     held_out = corpus.encode_stream(tokenizer, texts.held_out, options.seed)
     model = Llama(ModelShape())
     size = sum(p.numel() for p in model.parameters())
@@ -261,7 +299,9 @@ def main() -> None:
             held_out_tokens=len(held_out),
             held_out_bytes=sum(len(text.encode()) for text in texts.held_out),
             minutes=progress.seconds / 60.0,
+            cores=progress.cpu_seconds / progress.seconds,
             threads=options.threads,
+            phases=[(phase.end, phase.context, phase.rope_theta) for phase in PHASES],
             logit_difference=loaded.check(model, tokenizer, texts.held_out[0][:4000]),
             short_losses=held_out_losses(model, held_out, card.SHORT_CONTEXT, pool),
             long_losses=held_out_losses(model, held_out, model.shape.max_positions, pool),

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from scripts.bundled_model.checkpoint import LoadedModel
-from scripts.bundled_model.corpus import IM_END
+from scripts.bundled_model.corpus import IM_END, MEAN_PIECE_CHARS
 from scripts.bundled_model.llama import Llama
 
 BUCKETS = ((0, 512), (512, 2048), (2048, 4096), (4096, 8192))
 SHORT_CONTEXT = 512
 SAMPLE_TOKENS = 200
-# Two of these end in a line break and one in a letter: a prompt that ends in a space asks for what
-# follows a space of its own, and in the training text that is a number.
-PROMPTS = ("def parse(self, text):\n", "class Queue", "import os\n")
+SAMPLE_LINES, SAMPLE_CHARS = 16, 700
+PROMPTS = ("import os\n", "def parse(self, text):\n", "class Queue", "def ", "    return ")
 QUESTION = "Write a Python function `is_empty`: Return True if the queue is empty."
 
 
@@ -30,7 +29,9 @@ class Figures:
     held_out_tokens: int
     held_out_bytes: int
     minutes: float
+    cores: float
     threads: int
+    phases: list[tuple[float, int, float]]
     logit_difference: float
     short_losses: torch.Tensor
     long_losses: torch.Tensor
@@ -38,6 +39,14 @@ class Figures:
     def bits_per_byte(self, loss: float) -> float:
         """Bits per byte of held-out text, end-of-text tokens being paid for as well."""
         return loss * self.held_out_tokens / self.held_out_bytes / math.log(2)
+
+    def schedule(self) -> str:
+        """Table rows: share of the training time, context and rotary base of each phase."""
+        starts = [0.0, *(end for end, _, _ in self.phases)]
+        return "\n".join(
+            f"| {start:.0%} to {end:.0%} | {context} | {rope_theta:.0f} |"
+            for start, (end, context, rope_theta) in zip(starts, self.phases, strict=False)
+        )
 
     def bucket_rows(self) -> str:
         """Table rows: loss by position, and of the same tokens given only a short context."""
@@ -53,8 +62,10 @@ class Figures:
 
 
 def _block(prompt: str, continuation: str) -> str:
-    """Show a sample as it came, in a fence that no sample contains."""
-    return f"````python\n{prompt}{continuation.rstrip()}\n````\n"
+    """Show the start of a sample in a fence that no sample contains; "…" is where it is cut."""
+    text = f"{prompt}{continuation}".rstrip()
+    start = "\n".join(text.split("\n")[:SAMPLE_LINES])[:SAMPLE_CHARS]
+    return f"````python\n{start}{'' if start == text else '…'}\n````\n"
 
 
 def _samples(loaded: LoadedModel, seed: int) -> str:
@@ -116,21 +127,26 @@ exactly; each digit is a token, and so is a run of up to 31 spaces.
 
 {figures.train_tokens / 1e6:.2f} million tokens (the training set has
 {figures.corpus_tokens / 1e6:.2f} million) in {figures.minutes:.0f} minutes on {figures.threads}
-CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}) shared with other
-work. Muon for the matrices, AdamW for the rest, bfloat16 autocast. The context is 512 tokens for
-the first 75 % of the time, 2048 for the next 10 % and 8192 for the last 15 %, in which the base of
-the rotary positions is raised from 10000 to {shape.rope_theta:.0f}.
+CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()}), which got
+{figures.cores:.2f} cores' time on average. Muon for the matrices, AdamW for the rest, bfloat16
+autocast. Texts are cut at random places, every {MEAN_PIECE_CHARS} characters or so, and the pieces
+encoded one by one, so that a prompt may end anywhere: within a word, or behind a space.
 
-To make it again (the figures depend on how many tokens the machine manages in that time; give
-`--tokens {figures.train_tokens}` in place of `--minutes` for the same amount of training):
+| part of the time | context | base of the rotary positions |
+| --- | --- | --- |
+{figures.schedule()}
+
+To make it again, with the interpreter named above (the figures depend on how many tokens the
+machine manages in that time; give `--tokens {figures.train_tokens}` in place of `--minutes` for the
+same amount of training):
 
     python -m scripts.train_bundled_model --out frontend/bundled_model \\
         --minutes {figures.minutes:.0f} --threads {figures.threads} --seed {seed}
 
 ## Held-out figures
 
-Of the exported bfloat16 weights, computed in float32, on the whole held-out set cut into
-consecutive windows:
+Of the exported bfloat16 weights, computed in float32, on the whole held-out set, every text encoded
+in one piece, in consecutive windows:
 
 | window | loss (nats per token) | perplexity | bits per byte |
 | --- | --- | --- | --- |
@@ -153,12 +169,10 @@ It has the look of Python and none of the sense: names are invented, code seldom
 it states is not to be relied on. It knows nothing outside the standard library and hardly any
 English beyond docstrings and the language reference. It has seen one kind of chat message
 ("Write a Python function ...") and will answer anything else with code-like text. Greedy
-continuations tend to repeat themselves. A word's token includes the space before it, so a prompt
-must not end in a space: after "def " it writes numbers. One word alone ("def") is too little to
-go on and is merely repeated; a whole line does best.
+continuations tend to repeat themselves; at temperature 0.8 they do so far less.
 
 ## Samples
 
-As they came, {SAMPLE_TOKENS} tokens each at most.
+As they came, up to {SAMPLE_TOKENS} tokens each; "…" where more followed.
 
 {_samples(loaded, seed)}"""

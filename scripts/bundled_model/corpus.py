@@ -4,6 +4,7 @@ Invariants:
 - Nothing but the running interpreter's own standard library is read; site-packages never is.
 - A document is held out, or not, by the hash of its text alone, so two copies of one text are
   always on the same side and a second run on the same interpreter splits the same way.
+- Pieces cut out of a text, joined, are that text; no cut falls inside a special token.
 - The tokenizer's alphabet holds every byte, so any text decodes back to itself exactly.
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import random
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +29,10 @@ EOS_ID, IM_START_ID, IM_END_ID = 0, 1, 2
 
 HELD_OUT_PER_THOUSAND = 30
 MAX_LESSON_CHARS = 2000
+
+MEAN_PIECE_CHARS = 400
+SPECIAL = re.compile("|".join(map(re.escape, (EOS, IM_START, IM_END))))
+BEFORE_WORD = re.compile(r" (?=\S)")
 
 # Tables of numbers and deliberately broken sources: many bytes, no Python style to learn.
 SKIPPED_PARTS = frozenset({"site-packages", "dist-packages", "encodings", "cjkencodings", "data"})
@@ -128,11 +136,40 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def encode_stream(tokenizer: Tokenizer, texts: list[str], seed: int) -> torch.Tensor:
-    """Shuffle `texts`, encode them and join them, each followed by eos; shape [tokens], int64."""
+def cut(text: str, rng: random.Random) -> list[str]:
+    """Cut `text` at random places; half of them are behind a space that a word follows.
+
+    A word's token holds the space before it. Encoded whole, a text therefore never shows a word
+    behind a token that is a space, which is what follows a prompt that ends in a space; nor the
+    rest of a word behind its start. Encoded in pieces, it shows both.
+    """
+    chance = 1.0 / MEAN_PIECE_CHARS
+    specials = [match.span() for match in SPECIAL.finditer(text)]
+    places: set[int] = set()
+    position = 0
+    while (position := position + 1 + int(rng.expovariate(chance))) < len(text):
+        place = position
+        if rng.random() < 0.5 and (space := BEFORE_WORD.search(text, position - 1)) is not None:
+            place = space.end()
+        if not any(start < place < end for start, end in specials):
+            places.add(place)
+    edges = [0, *sorted(places), len(text)]
+    return [text[start:end] for start, end in pairwise(edges)]
+
+
+def encode_stream(
+    tokenizer: Tokenizer, texts: list[str], seed: int, pieces: bool = False
+) -> torch.Tensor:
+    """Shuffle `texts`, encode them and join them, each followed by eos; shape [tokens], int64.
+
+    With `pieces`, each text is cut at random places and its pieces are encoded one by one.
+    """
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    rng = random.Random(seed)
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch_fast([texts[i] for i in order]):
-        ids.extend(encoding.ids)
+    for i in order:
+        parts = cut(texts[i], rng) if pieces else [texts[i]]
+        for encoding in tokenizer.encode_batch_fast(parts):
+            ids.extend(encoding.ids)
         ids.append(EOS_ID)
     return torch.tensor(ids, dtype=torch.int64)

@@ -222,7 +222,28 @@ async def test_L7_matched_stop_strings_go_the_way_of_drops_and_the_log_tells_the
     assert flushes, "the log should name matched stop strings as the cause"
 
 
-async def test_L7_an_engine_that_cannot_be_sent_to_costs_the_others_nothing(
+async def test_L7_a_failed_send_is_logged_with_engine_and_ids_and_the_others_get_theirs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with mock_fleet(2) as (frontend, engines):
+        streams = await open_streams(frontend, engines, 4)
+        deaf, hearing = engines
+        await deaf.go_deaf()
+        await asyncio.sleep(0.05)  # Until the front end's socket knows.
+        for stream in streams.values():
+            stream.close()
+        assert await hearing.next_abort() == [add.request_id for add in hearing.adds]
+        await hearing.expect_silence(QUIET_S)
+        assert frontend.is_healthy
+    failures = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    named = [add.request_id for add in deaf.adds]
+    assert any(
+        "engine 0 failed" in message and all(request_id in message for request_id in named)
+        for message in failures
+    ), failures
+
+
+async def test_L7_an_engine_that_vanished_costs_the_others_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with mock_fleet(2) as (frontend, engines):

@@ -100,6 +100,20 @@ async def test_L12_new_requests_go_to_the_engines_that_are_left() -> None:
         await dying.expect_silence(0.05)
 
 
+async def test_L12_a_request_for_an_engine_that_cannot_be_reached_goes_to_the_next() -> None:
+    async with mock_fleet(2) as (frontend, engines):
+        opened = await one_stream_each(frontend, engines)
+        await engines[0].go_deaf()
+        await asyncio.sleep(0.05)  # Until the front end's socket knows.
+        streams = [frontend.generate(prompt_token_ids=[n]) for n in range(3)]
+        for _ in streams:
+            await engines[1].next_add()
+        await assert_ended_with_error(opened[0][1])
+        await assert_serves(engines[1], *opened[1])
+        for stream in streams:
+            stream.close()
+
+
 async def test_L12_with_no_engine_left_a_request_is_refused_at_once() -> None:
     async with mock_fleet() as (frontend, [engine]):
         assert frontend.is_healthy

@@ -286,13 +286,23 @@ class MockEngine:
         for socket in self._outputs:
             await socket.send(ENGINE_CORE_DEAD)
 
-    async def vanish(self) -> None:
-        """Close every socket without a word, as a killed process does."""
+    async def go_deaf(self) -> None:
+        """Close the input sockets only: whatever is sent to this engine fails from now on."""
+        await self._stop_reading()
+        for socket in self._inputs:
+            socket.close(linger=0)
+        self._inputs.clear()
+
+    async def _stop_reading(self) -> None:
         for reader in self._readers:
             reader.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
         self._readers.clear()
+
+    async def vanish(self) -> None:
+        """Close every socket without a word, as a killed process does."""
+        await self._stop_reading()
         self._outputs.clear()
         self._context.destroy(linger=0)
 
