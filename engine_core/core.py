@@ -18,26 +18,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import compress
 
 from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
+from engine_core.ended import EndedRequest, aborted, describe
 from engine_core.outbox import Outbox, Outgoing
-from engine_core.request import Request, Stage
+from engine_core.request import Request
 from engine_core.scheduler import ScheduledStep, Scheduler
 from engine_core.utilities import Utilities
 from engine_core.validation import InvalidRequest, build_request
 from ipc.frames import Abort, InputError
 from ipc.lifecycle import AbortReceipt, RequestReceipt
-from ipc.output import (
-    EngineCoreOutput,
-    FinishReason,
-    LogprobsLists,
-    PrefillStats,
-    PrefixCacheStats,
-    SchedulerStats,
-)
+from ipc.output import EngineCoreOutput, LogprobsLists
 from ipc.request import EngineCoreRequest
 from ipc.utility import UtilityCall, UtilityReply
 
@@ -50,10 +43,6 @@ STATS_INTERVAL_S = 0.1
 idle.
 """
 DEFAULT_WEIGHT_VERSION = "default"
-
-
-NUM_IDS_LOGGED = 4
-"""Aborts of so few requests name each of them; larger ones do at debug level."""
 
 
 class EngineCore:
@@ -171,14 +160,14 @@ class EngineCore:
             "abort frame of client %d with %d ids ended %s",
             client_index,
             len(message.request_ids),
-            _describe(ended),
+            describe(ended),
         )
 
     def abort_with_receipt(
         self, client_index: int, request_ids: Iterable[str], cause: str, outbox: Outbox
     ) -> AbortReceipt:
         """`caesura_abort`: ends each live request with a terminal output and tells of its fate."""
-        ended: list[_Ended] = []
+        ended: list[EndedRequest] = []
         receipts: dict[str, RequestReceipt] = {}
         for request_id in dict.fromkeys(request_ids):
             request = self._find(client_index, request_id)
@@ -188,7 +177,7 @@ class EngineCore:
             one = self._end(request)
             ended.append(one)
             receipts[request_id] = RequestReceipt("aborted", one.num_output_tokens, one.stage.value)
-            outbox.add(client_index, _aborted(request_id))
+            outbox.add(client_index, aborted(request_id))
         receipt = AbortReceipt(
             receipts,
             num_blocks_freed=sum(one.num_blocks_freed for one in ended),
@@ -199,7 +188,7 @@ class EngineCore:
             client_index,
             cause,
             len(receipts),
-            _describe(ended),
+            describe(ended),
             receipt.num_blocks_freed,
             receipt.num_blocks_cached,
         )
@@ -210,20 +199,20 @@ class EngineCore:
         request = self._requests.get(request_id)
         return request if request is not None and request.client_index == client_index else None
 
-    def _end(self, request: Request) -> _Ended:
+    def _end(self, request: Request) -> EndedRequest:
         """End a live request at a boundary."""
         stage, num_output_tokens = request.stage, request.num_output_tokens
         del self._requests[request.request_id]
         self.counters["requests_aborted"] += 1
         freed, cached = self.scheduler.remove(request)
-        return _Ended(request.request_id, stage, num_output_tokens, freed, cached)
+        return EndedRequest(request.request_id, stage, num_output_tokens, freed, cached)
 
     def abort_everything(self, now: float) -> list[Outgoing]:
         """The engine is shutting down: every live request ends with `abort`, told to its client."""
         outbox = Outbox(self._engine_index, now)
         for request in list(self._requests.values()):
             self._end(request)
-            outbox.add(request.client_index, _aborted(request.request_id))
+            outbox.add(request.client_index, aborted(request.request_id))
         return outbox.frames()
 
     # -- a step --------------------------------------------------------------------------------
@@ -277,7 +266,7 @@ class EngineCore:
                     finish_reason=None if ended is None else ended[0],
                     stop_reason=None if ended is None else ended[1],
                     events=tuple(request.events) if request.events else None,
-                    prefill_stats=_prefill_stats(request),
+                    prefill_stats=request.prefill_stats(),
                 ),
             )
             request.events.clear()
@@ -296,54 +285,4 @@ class EngineCore:
 
     def _report_stats(self, outbox: Outbox, now: float) -> None:
         self._last_stats_s = now
-        pool, prefix_cache = self.scheduler.pool, self.scheduler.prefix_cache
-        outbox.set_stats(
-            SchedulerStats(
-                num_running_reqs=len(self.scheduler.running),
-                num_waiting_reqs=len(self.scheduler.waiting),
-                step_counter=self.num_steps,
-                kv_cache_usage=1.0 - pool.num_available / pool.num_blocks,
-                prefix_cache_stats=PrefixCacheStats(
-                    requests=prefix_cache.num_requests,
-                    queries=prefix_cache.num_queried_tokens,
-                    hits=prefix_cache.num_hit_tokens,
-                ),
-            )
-        )
-
-
-def _prefill_stats(request: Request) -> PrefillStats | None:
-    """How the prompt was computed; told with the first token."""
-    if request.num_output_tokens != 1:
-        return None
-    num_cached = request.num_cached_tokens
-    return PrefillStats(
-        num_prompt_tokens=request.num_prompt_tokens,
-        num_computed_tokens=request.num_prompt_tokens - num_cached,
-        num_cached_tokens=num_cached,
-        num_local_cached_tokens=num_cached,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """What an abort found of a request, and what came of its blocks."""
-
-    request_id: str
-    stage: Stage
-    num_output_tokens: int
-    num_blocks_freed: int
-    num_blocks_cached: int
-
-
-def _aborted(request_id: str) -> EngineCoreOutput:
-    return EngineCoreOutput(request_id, finish_reason=FinishReason.ABORT)
-
-
-def _describe(ended: list[_Ended]) -> str:
-    """Aborted requests for the log: each by name if they are few, a storm as one number."""
-    names = [f"{one.request_id} ({one.stage}, {one.num_output_tokens} tokens)" for one in ended]
-    if 0 < len(names) <= NUM_IDS_LOGGED:
-        return ", ".join(names)
-    logger.debug("ended: %s", names)
-    return f"{len(ended)} requests"
+        outbox.set_stats(self.scheduler.take_stats(self.num_steps))

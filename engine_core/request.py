@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ipc.output import EngineCoreEvent, FinishReason
+from ipc.output import EngineCoreEvent, FinishReason, PrefillStats
 from ipc.request import SamplingParams
 
 
@@ -71,3 +71,15 @@ class Request:
         if num_output_tokens >= self.max_output_tokens:
             return FinishReason.LENGTH, None
         return None
+
+    def prefill_stats(self) -> PrefillStats | None:
+        """How the prompt was computed; told with the first token only."""
+        if self.num_output_tokens != 1:
+            return None
+        num_cached = self.num_cached_tokens
+        return PrefillStats(
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_computed_tokens=self.num_prompt_tokens - num_cached,
+            num_cached_tokens=num_cached,
+            num_local_cached_tokens=num_cached,
+        )

@@ -26,7 +26,7 @@ from engine_core.config import SchedulerConfig
 from engine_core.prefix_hash import block_hash, root_hash
 from engine_core.request import Request, Stage
 from engine_core.waiting_queue import WaitingQueue
-from ipc.output import EngineCoreEvent, EventType
+from ipc.output import EngineCoreEvent, EventType, PrefixCacheStats, SchedulerStats
 
 ADMISSION_HEADROOM = 0.01
 """Share of the blocks that admission leaves free for running requests to grow into."""
@@ -34,7 +34,7 @@ ADMISSION_HEADROOM = 0.01
 
 @dataclass(slots=True)
 class PrefixCacheCounters:
-    """Tokens looked up in the prefix cache and found there, over the engine's life."""
+    """Tokens looked up in the prefix cache and found there since the last report."""
 
     num_requests: int = 0
     num_queried_tokens: int = 0
@@ -244,7 +244,22 @@ class Scheduler:
         self.prefix_cache.num_queried_tokens += request.num_prompt_tokens
         self.prefix_cache.num_hit_tokens += request.num_cached_tokens
 
-    # -- checks --------------------------------------------------------------------------------
+    # -- books ---------------------------------------------------------------------------------
+
+    def take_stats(self, step_counter: int) -> SchedulerStats:
+        """How much there is to do now, and what the prefix cache gave since the last call."""
+        prefix_cache, self.prefix_cache = self.prefix_cache, PrefixCacheCounters()
+        return SchedulerStats(
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting),
+            step_counter=step_counter,
+            kv_cache_usage=1.0 - self.pool.num_available / self.pool.num_blocks,
+            prefix_cache_stats=PrefixCacheStats(
+                requests=prefix_cache.num_requests,
+                queries=prefix_cache.num_queried_tokens,
+                hits=prefix_cache.num_hit_tokens,
+            ),
+        )
 
     def check_integrity(self) -> list[str]:
         """Everything that is wrong with the books; empty when all is well. O(blocks held)."""

@@ -43,12 +43,19 @@ def build_request(
     max_output_tokens = config.max_model_len - len(prompt)
     if sampling.max_tokens is not None:
         max_output_tokens = min(max_output_tokens, sampling.max_tokens)
-    allowed = sampling.allowed_token_ids
-    if allowed is not None and not any(token_id < vocab_size for token_id in allowed):
-        raise InvalidRequest(
-            f"allowed_token_ids={list(allowed)[:8]} leaves no token of the vocabulary "
-            f"of {vocab_size}; name at least one, or leave it out"
-        )
+    if (allowed := sampling.allowed_token_ids) is not None:
+        possible = {token_id for token_id in allowed if token_id < vocab_size}
+        if not possible:
+            raise InvalidRequest(
+                f"allowed_token_ids={list(allowed)[:8]} leaves no token of the vocabulary "
+                f"of {vocab_size}; name at least one, or leave it out"
+            )
+        if sampling.min_tokens > 0 and possible <= sampling.all_stop_token_ids:
+            raise InvalidRequest(
+                f"allowed_token_ids={list(allowed)[:8]} has only stop tokens, which "
+                f"min_tokens={sampling.min_tokens} holds back; allow another token or drop "
+                f"min_tokens"
+            )
     eos_token_ids = set() if sampling.eos_token_id is None else {sampling.eos_token_id}
     return Request(
         request_id=message.request_id,

@@ -26,9 +26,13 @@ from frontend.config import FrontendConfig
 from frontend.engines.engine_client import EngineClient
 from frontend.engines.supervisor import EngineSupervisor
 from frontend.errors import (
+    CALLERS_FAULTS,
+    CONTEXT_LENGTH_EXCEEDED,
+    VALIDATION_ERROR,
     EngineDeadError,
     InvalidRequestError,
     PromptTooLongError,
+    UtilityCallError,
 )
 from frontend.outputs import AbortCause, AbortReceipt, Terminal
 from frontend.requests.dispatcher import Dispatcher
@@ -67,7 +71,7 @@ class AsyncEngine:
         self._dispatcher = dispatcher
         self._supervisor = supervisor
         self._aborts = ExplicitAborts(dispatcher)
-        self._is_shut_down = False
+        self._shutdown: asyncio.Task[None] | None = None
         registrations = dispatcher.client.registrations
         self.max_model_len = min(peer.max_model_len for peer in registrations.values())
         self._aborts.foreign_engines = {
@@ -110,8 +114,8 @@ class AsyncEngine:
             supervisor.start()
             await client.wait_until_up(config.startup_timeout_s)
         except BaseException:
-            await loop.run_in_executor(None, supervisor.terminate)
-            client.close()
+            with contextlib.closing(client):
+                await loop.run_in_executor(None, supervisor.terminate)
             raise
         return cls(config, tokenizer, dispatcher, supervisor)
 
@@ -144,8 +148,13 @@ class AsyncEngine:
         if (prompt is None) == (prompt_token_ids is None):
             raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
         token_ids = list(prompt_token_ids) if prompt_token_ids is not None else None
+        if prompt is not None and not isinstance(prompt, str):
+            raise InvalidRequestError(f"the prompt must be a str, not {prompt!r:.80}")
         if prompt is not None and len(prompt) <= MAX_INLINE_CHARS:
-            token_ids = self._tokenizer_for_text().encode(prompt)
+            try:
+                token_ids = self._tokenizer_for_text().encode(prompt)
+            except ValueError as error:
+                raise InvalidRequestError(str(error)) from error
         if token_ids is not None:
             self._check_prompt(token_ids)
 
@@ -163,7 +172,7 @@ class AsyncEngine:
             self._dispatcher.registry.register(entry)
             try:
                 send(token_ids)
-            except (EngineDeadError, ValueError) as error:
+            except BaseException as error:
                 self._dispatcher.registry.remove(entry.internal_id, engine_runs_it=False)
                 if isinstance(error, ValueError):
                     raise InvalidRequestError(str(error)) from error
@@ -212,9 +221,11 @@ class AsyncEngine:
             self._check_prompt(token_ids)
             send(token_ids)
         except Exception as error:
-            is_users_fault = isinstance(error, ValueError)
-            code = "validation_error" if is_users_fault else "internal_error"
-            fault = OutputError(code, str(error), retryable=not is_users_fault)
+            code = "internal_error"
+            if isinstance(error, ValueError):
+                is_too_long = isinstance(error, PromptTooLongError)
+                code = CONTEXT_LENGTH_EXCEEDED if is_too_long else VALIDATION_ERROR
+            fault = OutputError(code, str(error), retryable=code not in CALLERS_FAULTS)
             self._dispatcher.end_unsent(entry, Terminal("error", error=fault))
 
     def _tokenizer_for_text(self) -> Tokenizer:
@@ -268,23 +279,28 @@ class AsyncEngine:
 
     async def status(self, timeout_s: float = 5.0) -> dict[int, EngineStatus]:
         """What each living Caesura engine says of itself, its books checked; an engine that does
-        not answer is left out.
+        not answer rightly and in time is left out.
         """
         client = self._dispatcher.client
         ranks = sorted(self._dispatcher.alive_engines - self._aborts.foreign_engines)
         calls = {rank: client.start_call(rank, CAESURA_STATUS) for rank in ranks}
         if calls:
             await asyncio.wait(calls.values(), timeout=timeout_s)
-        return {
-            rank: EngineStatus.from_wire(call.result())
-            for rank, call in calls.items()
-            if call.done() and call.exception() is None
-        }
+        statuses = {}
+        for rank, call in calls.items():
+            if not call.done():
+                call.cancel()
+                continue
+            try:
+                statuses[rank] = EngineStatus.from_wire(call.result())
+            except (UtilityCallError, EngineDeadError, WireError) as error:
+                logger.warning("engine %d did not tell its status: %s", rank, error)
+        return statuses
 
     @property
     def is_healthy(self) -> bool:
         """Whether at least one engine can serve."""
-        return not self._is_shut_down and bool(self._dispatcher.alive_engines)
+        return self._shutdown is None and bool(self._dispatcher.alive_engines)
 
     @property
     def served_model_name(self) -> str:
@@ -295,25 +311,28 @@ class AsyncEngine:
         return len(self._dispatcher.registry)
 
     def _check_serving(self) -> None:
-        if self._is_shut_down:
+        if self._shutdown is not None:
             raise EngineDeadError("the engine was shut down")
         if not self._dispatcher.alive_engines:
             raise EngineDeadError("no engine is alive; restart the server")
 
     async def shutdown(self) -> None:
         """End all requests with what they have (cause `shutdown`), then all engines. Harmless to
-        repeat.
+        repeat: every call returns when all of it is done, and giving one up stops nothing.
         """
-        if self._is_shut_down:
-            return
-        self._is_shut_down = True
-        pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
-        await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
-        terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
-        self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
-        self._dispatcher.close()
-        await self._loop.run_in_executor(None, self._supervisor.terminate)
-        self._dispatcher.client.close()
+        if self._shutdown is None:
+            self._shutdown = self._loop.create_task(self._shut_down())
+        await asyncio.shield(self._shutdown)
+
+    async def _shut_down(self) -> None:
+        client = self._dispatcher.client
+        with contextlib.closing(client):  # Also when the loop itself is given up.
+            pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
+            await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
+            terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
+            self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
+            self._dispatcher.close()
+            await self._loop.run_in_executor(None, self._supervisor.terminate)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

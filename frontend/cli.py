@@ -1,8 +1,8 @@
 """The command line: `caesura serve [MODEL]`. Flags carry vLLM's names where vLLM has them.
 
 Whatever a user can cause is answered with one line. The status is 2 for a wrong flag or value, 1
-for a failed start, 130 where Ctrl-C cut a start or a shutdown short; a server that was asked to
-end and did ends with 0.
+for a failed start, 130 where a second Ctrl-C cut a shutdown short or the first came too early for
+one; a server that was asked to end and did ends with 0.
 """
 
 from __future__ import annotations

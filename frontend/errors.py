@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+VALIDATION_ERROR = "validation_error"
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+CALLERS_FAULTS = (VALIDATION_ERROR, CONTEXT_LENGTH_EXCEEDED)
+"""Codes of an `OutputError` that blame the request, not the engine."""
+
 
 class InvalidRequestError(ValueError):
     """The request cannot run as it stands; nothing was sent."""

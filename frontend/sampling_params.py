@@ -121,12 +121,17 @@ class SamplingParams:
                 )
         bias = fields.get("logit_bias")
         if isinstance(bias, Mapping):  # its keys are strings, as in JSON
-            fields["logit_bias"] = {_token_id(key): value for key, value in bias.items()}
+            fields["logit_bias"] = {read_token_id(key): value for key, value in bias.items()}
         return cls(**fields)  # type: ignore[arg-type]  # __post_init__ checks every field
 
 
-def _token_id(key: object) -> object:
-    return int(key) if isinstance(key, str) and key.isdecimal() else key
+_MAX_TOKEN_ID_DIGITS = 10
+
+
+def read_token_id(key: object) -> object:
+    """The token id that a key of a JSON object spells; what is none is left to the checks."""
+    is_token_id = isinstance(key, str) and key.isdecimal() and len(key) <= _MAX_TOKEN_ID_DIGITS
+    return int(key) if is_token_id else key  # type: ignore[call-overload]
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))

@@ -10,7 +10,7 @@ import msgpack
 
 from ipc.abort import Abort as Abort
 from ipc.abort import decode_abort
-from ipc.codec import MAX_PAYLOAD_BYTES, Frame, Frames, refuse_unknown_extension
+from ipc.codec import MAX_COLLECTION_LENGTH, Frame, Frames, refuse_unknown_extension
 from ipc.errors import WireError, mismatch
 from ipc.request import EngineCoreRequest, decode_add
 from ipc.request_type import RequestType as RequestType
@@ -74,7 +74,11 @@ def _peek(payload: Frame, position: int, default: object = None) -> object:
     """The entry at `position` of a payload that may be broken elsewhere; `default` where the array
     ends before it."""
     unpacker = msgpack.Unpacker(
-        ext_hook=refuse_unknown_extension, strict_map_key=False, max_buffer_size=MAX_PAYLOAD_BYTES
+        ext_hook=refuse_unknown_extension,
+        strict_map_key=False,
+        max_buffer_size=0,  # unlimited: the payload may be refused for its very size
+        max_array_len=MAX_COLLECTION_LENGTH,
+        max_map_len=MAX_COLLECTION_LENGTH,
     )
     try:
         unpacker.feed(payload)

@@ -57,9 +57,10 @@ def logprobs_from_wire(value: object, frames: Frames, path: str) -> LogprobsList
         token_ids.ndim != 2
         or logprobs.shape != token_ids.shape
         or ranks.shape != token_ids.shape[:1]
+        or (len(ranks) > 0 and token_ids.size == 0)
     ):
         raise WireError(
-            f"{path}: expected shapes [p, k], [p, k] and [p], got {list(token_ids.shape)}, "
+            f"{path}: expected shapes [p, k > 0], [p, k] and [p], got {list(token_ids.shape)}, "
             f"{list(logprobs.shape)} and {list(ranks.shape)}"
         )
     if (

@@ -12,6 +12,7 @@ Every function takes a `zmq.Context` or a `zmq.asyncio.Context` and returns the 
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,7 +31,18 @@ def private_directory() -> tempfile.TemporaryDirectory[str]:
 
     `cleanup()` removes it, with the sockets that a crash may have left in it.
     """
-    return tempfile.TemporaryDirectory(prefix="caesura-", ignore_cleanup_errors=True)
+    directory = tempfile.TemporaryDirectory(prefix="caesura-", ignore_cleanup_errors=True)
+    _private_directories.add(directory)
+    return directory
+
+
+def remove_private_directories() -> None:
+    """Remove those that are left, before an `os._exit`, which skips Python's own cleaning up."""
+    for directory in list(_private_directories):
+        directory.cleanup()
+
+
+_private_directories: weakref.WeakSet[tempfile.TemporaryDirectory[str]] = weakref.WeakSet()
 
 
 def check_address(address: str) -> str:

@@ -19,6 +19,8 @@ scalar twin for arrays that (seem to) overlap, so an element's rounding would de
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -31,6 +33,8 @@ from numba.core.types import uint16, void
 from numba.core.types.misc import CPointer
 from numba.extending import intrinsic, overload
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,9 +67,18 @@ def parallel_jit(function: F) -> F:
 def _compile(function: F, **options: Any) -> F:
     try:
         compiled: F = numba.njit(cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # no folder to keep the cache in: compile anew in every process
+    except RuntimeError:  # no folder to keep the cache in
+        _warn_of_no_cache()
         compiled = numba.njit(error_model="numpy", **options)(function)
     return compiled
+
+
+@functools.cache  # once is enough
+def _warn_of_no_cache() -> None:
+    logger.warning(
+        "no folder to keep compiled kernels in, so every start compiles them anew; "
+        "set NUMBA_CACHE_DIR to one that can be written to"
+    )
 
 
 def element_of(tensor: Tensor) -> Any:

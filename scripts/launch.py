@@ -32,14 +32,16 @@ def main() -> int:
         "--data-parallel-size", type=int, metavar="N", help="engines of the whole deployment"
     )
     parser.add_argument(
-        "--config", default="{}", metavar="JSON", help="further fields of ipc.engine_config"
+        "--config",
+        type=_json_object,
+        default="{}",
+        metavar="JSON",
+        help="further fields of ipc.engine_config",
     )
     arguments = parser.parse_args()
     ranks = range(arguments.start_rank, arguments.start_rank + arguments.num_engines)
     try:
-        config = EngineConfig.from_json(
-            json.dumps({"model": arguments.model} | json.loads(arguments.config))
-        )
+        config = EngineConfig.from_json(json.dumps({"model": arguments.model} | arguments.config))
         check_address(arguments.handshake)
         configure_logging("launcher")
         return run_engines(
@@ -51,6 +53,16 @@ def main() -> int:
     except (EngineStartupError, TypeError, ValueError) as error:
         print(f"launch.py: error: {error}", file=sys.stderr)
         return 2
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return values
 
 
 if __name__ == "__main__":

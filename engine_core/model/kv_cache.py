@@ -70,7 +70,8 @@ def allocate_kv_cache(
 
     Zeroed, so that a kernel may load the unused end of a block and mask it (garbage times zero
     could be NaN). On a CPU the system maps zeroed pages only as they are first written, so the
-    cache takes the memory that it uses and no time to allocate.
+    cache takes the memory that it uses and no time to allocate. Raises ModelError if the system
+    does not give that much.
     """
     shape = (num_blocks, model.num_kv_heads, block_size, model.head_size)
 
@@ -81,7 +82,14 @@ def allocate_kv_cache(
         pages = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
         return torch.from_numpy(pages).view(dtype).view(shape)
 
-    return [(zeros(), zeros()) for _ in range(model.num_layers)]
+    try:
+        return [(zeros(), zeros()) for _ in range(model.num_layers)]
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        num_bytes = num_blocks * block_bytes(model, block_size, dtype)
+        raise ModelError(
+            f"a KV cache of {num_blocks} blocks takes {num_bytes} bytes, more than can be "
+            f"allocated; lower kv_cache_memory_bytes or num_gpu_blocks_override"
+        ) from error
 
 
 def _memory_budget_bytes(device: torch.device, num_local_engines: int) -> int:

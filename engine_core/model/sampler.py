@@ -36,6 +36,11 @@ from ipc.request import SamplingParams
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature the likeliest token is taken."""
 
+_LEAST, _MOST = 1e-15, 1e15
+"""Parameters without bounds of their own are cut to these: far beyond any effect, near enough for
+float32 to stay finite through all edits together.
+"""
+
 _NO_LOGPROBS = -1
 
 
@@ -87,7 +92,7 @@ class Sampler:
         """Take over a sequence's parameters; replaces whatever its slot held."""
         slot, params = sequence.slot, sequence.sampling
         vocab_size = self._vocab_size
-        self._temperature[slot] = params.temperature
+        self._temperature[slot] = min(params.temperature, _MOST)
         self._min_p[slot] = params.min_p
         self._top_k[slot] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
         self._top_p[slot] = params.top_p
@@ -101,14 +106,19 @@ class Sampler:
         self._edits.pop(slot, None)
         if params.logit_bias or params.allowed_token_ids is not None or params.min_tokens > 0:
             self._edits[slot] = self._make_edits(params, sequence.num_prompt_tokens)
-        penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
+        repetition = min(max(params.repetition_penalty, _LEAST), _MOST)
+        penalties = (params.presence_penalty, params.frequency_penalty, repetition)
         self._penalties[slot] = penalties
         self._is_penalised[slot] = penalties != (0.0, 0.0, 1.0)
         if self._is_penalised[slot]:
             self._count_tokens(sequence)
 
     def _make_edits(self, params: SamplingParams, num_prompt_tokens: int) -> _LogitEdits:
-        bias = {i: b for i, b in (params.logit_bias or {}).items() if i < self._vocab_size}
+        bias = {
+            token_id: min(max(bias, -_MOST), _MOST)
+            for token_id, bias in (params.logit_bias or {}).items()
+            if token_id < self._vocab_size
+        }
         forbidden = None
         if params.allowed_token_ids is not None:
             forbidden = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)

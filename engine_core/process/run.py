@@ -62,12 +62,13 @@ def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = No
         link = FrontendLink(context, options.handshake_address, options.rank, local=options.local)
         init = link.say_hello()
         core, dtype = _load(options)
-        _shut_down_on_signals(intake)
-        if launcher_watch is not None:
-            launcher_watch.shut_down_first(lambda: intake.put(Shutdown("the launcher is gone")))
         link.connect(init, _registration(options, core, dtype, init))
     except LinkError as error:
         raise SetupError(str(error)) from error
+    # Not before: only the step loop heeds a shutdown, and a coordinator may be long in coming.
+    _shut_down_on_signals(intake)
+    if launcher_watch is not None:
+        launcher_watch.shut_down_first(lambda: intake.put(Shutdown("the launcher is gone")))
     input_thread = InputThread(link.inputs, intake, link.coordinator_input)
     output_thread = OutputThread(link.outputs, intake, link.coordinator_output)
     input_thread.start()

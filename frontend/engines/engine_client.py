@@ -171,15 +171,20 @@ class EngineClient:
         EngineDeadError.
         """
         call_id, self._next_call_id = self._next_call_id, self._next_call_id + 1
-        future: asyncio.Future[object] = self._loop.create_future()
+        frames = encode_utility(UtilityCall(CLIENT_INDEX, call_id, method, args))
+        calls = self._engines[rank].calls
+
+        def forget(call: asyncio.Future[object]) -> None:
+            del calls[call_id]
+            if not call.cancelled():
+                call.exception()  # A caller that no longer waits must not cause a warning.
+
+        future = calls[call_id] = self._loop.create_future()
+        future.add_done_callback(forget)
         try:
-            self.send(rank, encode_utility(UtilityCall(CLIENT_INDEX, call_id, method, args)))
+            self.send(rank, frames)
         except EngineDeadError as error:
             future.set_exception(error)
-            return future
-        calls = self._engines[rank].calls
-        calls[call_id] = future
-        future.add_done_callback(lambda _: calls.pop(call_id, None))
         return future
 
     def disconnect(self, rank: int, reason: str) -> None:
@@ -202,8 +207,9 @@ class EngineClient:
         self._context.term()
         if self._directory is not None:
             self._directory.cleanup()
-        if self._all_up.done() and not self._all_up.cancelled():
-            self._all_up.exception()  # Somebody gave up waiting; do not warn about it.
+        # Nobody waits any more: neither warn of a failed start, nor of what still fails later.
+        self.fail_startup("the front end gave up")
+        self._all_up.exception()
 
     # -- from engines --------------------------------------------------------------------------
 

@@ -19,8 +19,11 @@ def run_engines(
     """Run engines until SIGINT or SIGTERM comes or the last of them has ended.
 
     Returns the exit status: 0 after a signal, else the worst of the engines. Call it on the main
-    thread. Raises EngineStartupError if foreign code shadows one of our packages.
+    thread. Raises EngineStartupError if foreign code shadows one of our packages, and ValueError if
+    there is no engine to run.
     """
+    if not ranks:
+        raise ValueError("0 engines are to be started; ask for at least 1")
     # Its put() may be called from a signal handler and from the supervisor's threads alike.
     events: queue.SimpleQueue[tuple[int, int] | signal.Signals] = queue.SimpleQueue()
     supervisor = EngineSupervisor(

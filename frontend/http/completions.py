@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from frontend.http.errors import ApiError
 from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
-from frontend.sampling_params import SamplingParams
+from frontend.sampling_params import SamplingParams, read_token_id
+from ipc.expect import INT64_MAX, INT64_MIN
 
 MAX_REQUEST_ID_LENGTH = 256
 _DEFAULT_MAX_TOKENS = 16
@@ -26,6 +28,11 @@ _ONLY_DEFAULTS: dict[str, tuple[object, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "use_beam_search": (False,),
+    "bad_words": ([],),
+    "prompt_logprobs": (None,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (None,),
+    "truncate_prompt_tokens": (None,),
 }
 """Fields that are known, with the values that ask for nothing."""
 
@@ -100,11 +107,12 @@ def _sampling_params(body: Mapping[str, object]) -> SamplingParams:
     fields["max_tokens"] = body.get("max_tokens", _DEFAULT_MAX_TOKENS)
     bias = fields.get("logit_bias")
     if isinstance(bias, dict):  # JSON has no integer keys
-        fields["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
+        fields["logit_bias"] = {read_token_id(key): value for key, value in bias.items()}
     try:
         return SamplingParams(**fields)  # type: ignore[arg-type]  # it checks every field
     except ValueError as error:
-        name = str(error).partition(":")[0]
+        first_word = re.match(r"\w*", str(error))  # the field, or an entry of it
+        name = first_word[0] if first_word is not None else ""
         raise ApiError(400, str(error), param=name if name in fields else None) from None
 
 
@@ -137,9 +145,9 @@ def _boolean(body: Mapping[str, object], name: str, path: str | None = None) -> 
 def _integer(body: Mapping[str, object], name: str) -> int:
     if (value := body.get(name)) is None:
         return 0
-    if type(value) is int:
+    if type(value) is int and INT64_MIN <= value <= INT64_MAX:
         return value
-    raise _bad(name, value, "an integer")
+    raise _bad(name, value, "an integer of 64 bits")
 
 
 def _text(body: Mapping[str, object], name: str) -> str | None:

@@ -6,7 +6,13 @@ import json
 
 from starlette.responses import Response
 
-from frontend.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
+from frontend.errors import (
+    CALLERS_FAULTS,
+    CONTEXT_LENGTH_EXCEEDED,
+    EngineDeadError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
 from frontend.outputs import AbortCause, RequestOutput, RequestResult
 
 RETRY_AFTER_S = 1
@@ -54,7 +60,7 @@ _TYPES = {
 def from_exception(error: InvalidRequestError | EngineDeadError) -> ApiError:
     """What `AsyncEngine.generate` raised."""
     if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
+        return ApiError(400, str(error), param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error))
     return ApiError(503, str(error), code="engine_dead")
@@ -69,6 +75,7 @@ def from_terminal(output: RequestOutput | RequestResult) -> ApiError | None:
     if output.error is None:
         return ApiError(500, "the engine met an error")
     status = 503 if output.error.retryable else 500
-    if output.error.code == "validation_error":
+    if output.error.code in CALLERS_FAULTS:
         status = 400
-    return ApiError(status, output.error.message, code=output.error.code)
+    param = "prompt" if output.error.code == CONTEXT_LENGTH_EXCEEDED else None
+    return ApiError(status, output.error.message, param=param, code=output.error.code)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from contextlib import closing
 
 from starlette.applications import Starlette
@@ -40,6 +41,7 @@ _DONE = b"data: [DONE]\n\n"
 
 def create_app(engine: AsyncEngine, api_key: str | None = None) -> ASGIApp:
     """The ASGI application over a started engine."""
+    started_at_s = int(time.time())
 
     async def health(_: Request) -> Response:
         return Response(status_code=200 if engine.is_healthy else 503)
@@ -48,6 +50,7 @@ def create_app(engine: AsyncEngine, api_key: str | None = None) -> ASGIApp:
         card = {
             "id": engine.served_model_name,
             "object": "model",
+            "created": started_at_s,
             "owned_by": "caesura",
             "max_model_len": engine.max_model_len,
         }
@@ -198,6 +201,8 @@ async def read_json(request: Request) -> object:
         return json.loads(body)
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
 
 
 class RequireKey:
@@ -233,7 +238,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     """Starlette's own: no such route, wrong method."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message).response()
+    response = ApiError(error.status_code, message).response()
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _answer_nobody(_: Request, error: Exception) -> Response:

@@ -24,6 +24,7 @@ import uvicorn
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
 from frontend.http.server import create_app
+from ipc.sockets import remove_private_directories
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
     """Serve until a signal comes. Raises OSError, ValueError or EngineStartupError if it cannot."""
     with _listener(http) as listener:
         stop = _stop_on_signals()
-        logger.info("starting %d engines with %s", config.num_local_engines, config.engine.model)
+        _log_start(config)
         starting = asyncio.create_task(AsyncEngine.start(config))
         events: set[asyncio.Future[Any]] = {starting, stop}
         await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
@@ -50,6 +51,15 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
             return
         async with engine:
             await serve_on(listener, engine, http, stop)
+
+
+def _log_start(config: FrontendConfig) -> None:
+    num_local = config.num_local_engines
+    if num_local:
+        logger.info("starting %d engines with %s", num_local, config.engine.model)
+    if num_others := config.data_parallel_size - num_local:
+        where = config.handshake_tcp_address
+        logger.info("waiting for %d engines of other launchers at %s", num_others, where)
 
 
 async def serve_on(
@@ -98,6 +108,7 @@ def _stop_on_signals() -> asyncio.Future[None]:
 
     def on_signal() -> None:
         if stop.done():
+            remove_private_directories()
             os._exit(_INTERRUPTED_STATUS)
         stop.set_result(None)
 
@@ -113,7 +124,7 @@ def _listener(http: HttpConfig) -> Iterator[socket.socket]:
         path = Path(http.uds)
         _remove_stale_socket(path)
         with socket.socket(socket.AF_UNIX) as listener:
-            _bind(listener, http.uds, f"the socket {http.uds}", "--uds")
+            _bind(listener, http.uds, f"the socket {http.uds}", "--uds", "--uds")
             try:
                 yield listener
             finally:
@@ -126,17 +137,18 @@ def _listener(http: HttpConfig) -> Iterator[socket.socket]:
         raise OSError(f"host {http.host!r} is unknown ({error.strerror}); check --host") from None
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bind(listener, address, where, "--port")
+        _bind(listener, address, where, "--port", "--host and --port")
         yield listener
 
 
-def _bind(listener: socket.socket, address: object, where: str, flag: str) -> None:
+def _bind(listener: socket.socket, address: object, where: str, flag: str, all_flags: str) -> None:
     try:
         listener.bind(address)  # type: ignore[arg-type]  # as getaddrinfo returned it, or a path
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise OSError(f"{where} is in use; choose another with {flag}") from None
-        raise OSError(f"cannot listen at {where}: {error.strerror}; check {flag}") from None
+        reason = error.strerror or error  # Python's own, as for too long a path, has only a text.
+        raise OSError(f"cannot listen at {where}: {reason}; check {all_flags}") from None
 
 
 def _remove_stale_socket(path: Path) -> None:

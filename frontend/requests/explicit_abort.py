@@ -92,11 +92,9 @@ class ExplicitAborts:
                 receipt.engines[engine_index] = "ok"
                 continue
             ids = [entry.internal_id for entry in entries]
-            call = self._dispatcher.client.start_call(
+            calls[engine_index] = self._dispatcher.client.start_call(
                 engine_index, lifecycle.CAESURA_ABORT, ids, cause.value
             )
-            call.add_done_callback(_mark_exception_retrieved)
-            calls[engine_index] = call
         logger.info(
             "explicit abort of %d requests on %d engines", len(receipt.requests), len(by_engine)
         )
@@ -112,6 +110,7 @@ class ExplicitAborts:
         for engine_index, call in pending.calls.items():
             entries = pending.entries[engine_index]
             if not call.done():
+                call.cancel()
                 receipt.engines[engine_index] = "timeout"
                 _settle(receipt, entries)
                 continue
@@ -164,9 +163,3 @@ def _settle(
         else:
             status = AbortedRequest("finished", entry.num_output_tokens)
         receipt.requests[entry.request_id] = status
-
-
-def _mark_exception_retrieved(call: asyncio.Future[object]) -> None:
-    """A caller that does not wait must not cause a warning about an exception nobody looked at."""
-    if not call.cancelled():
-        call.exception()

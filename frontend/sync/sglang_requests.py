@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from frontend.errors import InvalidRequestError
+from frontend.errors import CALLERS_FAULTS, InvalidRequestError
 from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
 from frontend.sampling_params import SamplingParams
 
@@ -75,6 +75,8 @@ def read_call(
             raise InvalidRequestError(f"{name}={value!r:.80} is not supported; leave it out")
     if (prompt is None) == (input_ids is None):
         raise InvalidRequestError("give either prompt or input_ids, one of them")
+    if not isinstance(prompt, Sequence | None):
+        raise InvalidRequestError(f"prompt must be a str or a list of them, not {prompt!r:.80}")
     texts: list[str | None]
     ids: list[Sequence[int] | None]
     if prompt is not None:
@@ -195,7 +197,7 @@ class ResultBuilder:
                 }
             case "error":
                 error = output.error
-                is_users_fault = error is not None and error.code == "validation_error"
+                is_users_fault = error is not None and error.code in CALLERS_FAULTS
                 return {
                     "type": "abort",
                     "message": "the request failed" if error is None else error.message,

@@ -210,6 +210,14 @@ def request(request_id: str, **fields: object) -> EngineCoreRequest:
             {"sampling_params": SamplingParams(allowed_token_ids=(32_000,))},
             r"allowed_token_ids=\[32000\] leaves no token",
         ),
+        (
+            {
+                "sampling_params": SamplingParams(
+                    allowed_token_ids=(5, 32_000), min_tokens=2, all_stop_token_ids=frozenset({5})
+                )
+            },
+            r"allowed_token_ids=\[5, 32000\].*min_tokens=2",
+        ),
         ({"mm_features": [1]}, "not supported by this engine: mm_features"),
     ],
 )

@@ -235,3 +235,21 @@ def test_statistics_ride_with_outputs_now_and_then_and_once_at_the_end() -> None
     assert 2 <= len(stats) < 20
     assert stats[0].num_running_reqs == 1
     assert (stats[-1].num_running_reqs, stats[-1].kv_cache_usage) == (0, 0.0)
+
+
+def test_statistics_count_prefix_cache_hits_since_the_last_report_and_so_each_once() -> None:
+    driver = CoreDriver()
+    prompt = list(range(9))
+    driver.add("a", prompt, max_tokens=50)
+    driver.run()
+    driver.add("b", prompt, max_tokens=50)
+    driver.run()
+    reports = [
+        frame.scheduler_stats.prefix_cache_stats
+        for _, frame in driver.frames
+        if frame.scheduler_stats is not None
+    ]
+    assert len(reports) > 4
+    assert sum(report.requests for report in reports) == 2
+    assert sum(report.queries for report in reports) == 18
+    assert sum(report.hits for report in reports) == 8

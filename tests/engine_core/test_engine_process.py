@@ -285,6 +285,30 @@ async def test_every_client_is_answered_on_its_own_socket_and_a_coordinator_is_j
     context.destroy(linger=0)
 
 
+async def test_a_signal_ends_an_engine_that_still_waits_for_its_coordinator() -> None:
+    context = zmq.asyncio.Context()
+    async with ScriptedFrontend() as frontend, asyncio.timeout(20):
+        directory = frontend.handshake_address.removesuffix("handshake")
+        handshake = bind_router(context, f"{directory}by-hand")
+        coordinator = context.socket(zmq.XPUB)
+        coordinator.bind(f"{directory}waves")
+        frontend.handshake_address = f"{directory}by-hand"
+        await frontend.spawn(FAKE, 0)
+        identity, _ = await handshake.recv_multipart()
+        init = Init(
+            inputs=(f"{directory}in",),
+            outputs=(f"{directory}out",),
+            coordinator_input=f"{directory}waves",
+            coordinator_output=f"{directory}stats",
+        )
+        await handshake.send_multipart([identity, init.encode()])
+        assert await coordinator.recv() == b"\x01"
+        frontend.processes[0].terminate()
+        status = await asyncio.wait_for(frontend.processes[0].wait(), 5)
+    assert status == -signal.SIGTERM
+    context.destroy(linger=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

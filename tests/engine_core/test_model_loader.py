@@ -83,6 +83,11 @@ def test_a_cache_too_small_for_one_sequence_is_refused(llama: Path) -> None:
         resolve(llama, kv_cache_memory_bytes=1000)
 
 
+def test_a_cache_larger_than_any_memory_is_refused(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"more than can be allocated; lower kv_cache_memory"):
+        resolve(llama, kv_cache_memory_bytes=2**60)
+
+
 @pytest.mark.parametrize(
     ("stored", "asked", "computed"),
     [

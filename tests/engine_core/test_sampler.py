@@ -225,6 +225,28 @@ def test_ids_outside_the_vocabulary_change_nothing() -> None:
     assert sample(sampler, torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]), [0], [1])[0] == [2]
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e300},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": 1e-300},
+        {"logit_bias": {2: 1e300}},
+        {"logit_bias": {2: -1e300}},
+    ],
+)
+def test_numbers_that_float32_cannot_hold_let_no_forbidden_token_through(
+    extreme: dict[str, Any],
+) -> None:
+    sampler = Sampler(1, 5, CPU, seed=0)
+    join(sampler, 0, SamplingParams(allowed_token_ids=(2, 3), seed=1, **extreme), prompt=[0, 2, 3])
+    logits = torch.tensor([[5.0, 4.0, 3.0, -2.0, 1.0]])
+    tokens = {sample(sampler, logits, [0], [position])[0][0] for position in range(3, 40)}
+    assert tokens <= {2, 3}
+    if extreme.get("logit_bias") == {2: 1e300}:
+        assert tokens == {2}
+
+
 def test_logprobs_are_the_models_own_before_any_edit() -> None:
     vocab_size = 30
     sampler = Sampler(4, vocab_size, CPU, seed=0)

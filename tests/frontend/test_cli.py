@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -125,6 +126,20 @@ def test_an_unknown_host_is_told_in_one_line() -> None:
     assert "no.such.host.invalid" in result.stderr
 
 
+def test_an_address_that_is_not_ours_is_told_with_the_flag_to_check() -> None:
+    result = run("serve", *FAKE, "--host", "192.0.2.1")
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "of 192.0.2.1: Cannot assign requested address; check --host and --port\n"
+    )
+
+
+def test_too_long_a_path_of_a_unix_socket_is_told_with_the_reason(tmp_path: Path) -> None:
+    result = run("serve", *FAKE, "--uds", f"{tmp_path}/{'a' * 200}")
+    assert result.returncode == 1
+    assert result.stderr.endswith("AF_UNIX path too long; check --uds\n")
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 async def test_L2_a_signal_ends_requests_with_an_answer_and_the_server_with_status_zero(
     signal_number: signal.Signals,
@@ -141,8 +156,13 @@ async def test_L2_a_signal_ends_requests_with_an_answer_and_the_server_with_stat
         assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
-async def test_a_second_signal_ends_a_shutdown_that_takes_too_long() -> None:
+async def test_a_second_signal_ends_a_shutdown_that_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A step of ten seconds keeps the engine from ending in order."""
+    # Not tmp_path: a socket's path must be short.
+    temporary = tempfile.TemporaryDirectory()
+    monkeypatch.setitem(ENVIRONMENT, "TMPDIR", temporary.name)
     slow = ("--runner", "fake", "--port", "0", "--fake-step-time-ms", "10000")
     async with running("serve", *slow) as process:
         url = await read_until(process, r"serving \S+ at (http\S+)")
@@ -156,6 +176,8 @@ async def test_a_second_signal_ends_a_shutdown_that_takes_too_long() -> None:
             assert await asyncio.wait_for(process.wait(), 5) == 130
             with pytest.raises(httpx.HTTPError):
                 await post
+    assert not [name for name in os.listdir(temporary.name) if name.startswith("caesura-")]
+    temporary.cleanup()
 
 
 async def test_a_signal_while_engines_start_ends_the_start() -> None:
@@ -231,6 +253,24 @@ def test_headless_engines_that_cannot_start_end_the_launcher_with_their_status(
     assert result.returncode == 2
     assert "engine 0 cannot start: cannot dial" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_headless_without_engines_is_refused() -> None:
+    result = run("serve", *FAKE, "--headless", "--data-parallel-size-local", "0")
+    assert result.returncode == 1
+    assert result.stderr == "caesura: error: 0 engines are to be started; ask for at least 1\n"
+
+
+@pytest.mark.parametrize("config", ["{", "[]"])
+def test_the_launch_script_refuses_a_configuration_that_is_no_object(config: str) -> None:
+    command = (sys.executable, "scripts/launch.py", "--config", config)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=20
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(
+        f"launch.py: error: argument --config: '{config}' is no"
+    )
 
 
 def test_the_version_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 
 import numpy as np
@@ -14,7 +15,14 @@ from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
 from ipc.codec import pack
 from ipc.lifecycle import AbortReceipt
-from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, LogprobsLists
+from ipc.output import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+    LogprobsLists,
+    encode_outputs,
+)
+from ipc.utility import UtilityCall
 from tests.support.mock_fleet import assert_serves, mock_fleet, one_stream_each
 
 BAD_FRAMES = {
@@ -25,6 +33,21 @@ BAD_FRAMES = {
     "an output without an id": [pack([0, [[None, [1]]], None, 1.5])],
     "a token that is no integer": [pack([0, [["x", ["one"]]], None, 1.5])],
     "an empty message": [b""],
+    "logprobs of no token": encode_outputs(
+        EngineCoreOutputs(
+            outputs=[
+                EngineCoreOutput(
+                    "x",
+                    [1],
+                    new_logprobs=LogprobsLists(
+                        np.zeros((1, 0), np.int32),
+                        np.zeros((1, 0), np.float32),
+                        np.ones(1, np.int64),
+                    ),
+                )
+            ]
+        )
+    ),
 }
 
 ONE_LOGPROB = LogprobsLists(
@@ -271,3 +294,41 @@ async def test_L8_an_external_id_may_be_used_again_once_its_terminal_is_out() ->
             internal_ids.append(request.request_id)
             await assert_serves(engine, request.request_id, stream)
         assert internal_ids[0] != internal_ids[1], "an engine must never see an id twice"
+
+
+async def test_L11_a_call_that_was_given_up_leaves_nothing_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        [(_, stream)] = await one_stream_each(frontend, [engine])
+        engine.on_message = lambda _: None  # It hears, and says nothing.
+        await frontend.abort(stream.request_id, timeout_s=0.02)
+        assert await frontend.status(timeout_s=0.02) == {}
+        await frontend.abort(stream.request_id, wait=False)
+        await asyncio.sleep(0)
+        assert len(frontend._dispatcher.client._engines[0].calls) == 1  # Its answer may still come.
+        given_up = asyncio.create_task(frontend.status())
+        await asyncio.sleep(0.02)
+        given_up.cancel()
+        await engine.vanish()
+        await assert_ended_with_error(stream)
+        await asyncio.sleep(0)
+        assert not frontend._dispatcher.client._engines[0].calls
+    gc.collect()
+    assert not [record for record in caplog.records if "never retrieved" in record.getMessage()]
+
+
+async def test_L12_a_status_that_makes_no_sense_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with mock_fleet(2) as (frontend, [confused, good]):
+        replies = []
+
+        def answer(message: object) -> None:
+            assert isinstance(message, UtilityCall)
+            replies.append(asyncio.create_task(confused.reply(message, {"state": 3})))
+
+        confused.on_message = answer
+        assert await frontend.status() == {1: good.make_status()}
+        assert len(replies) == 1
+    assert "engine 0 did not tell its status" in caplog.text

@@ -229,11 +229,16 @@ WRONG_REQUESTS: list[tuple[object, int, str | None, str]] = [
     ({"prompt": [1], "top_p": 1.5}, 400, "top_p", "1.5"),
     ({"prompt": [1], "max_tokens": 0}, 400, "max_tokens", "0"),
     ({"prompt": [1], "max_tokens": "many"}, 400, "max_tokens", "many"),
+    ({"prompt": [1], "stop": ["a", 5]}, 400, "stop", "5"),
     ({"prompt": [1], "n": 2}, 400, "n", "2"),
     ({"prompt": [1], "echo": True}, 400, "echo", "true"),
+    ({"prompt": [1], "bad_words": ["no"]}, 400, "bad_words", '["no"]'),
+    ({"prompt": [1], "prompt_logprobs": 1}, 400, "prompt_logprobs", "expected null"),
     ({"prompt": [1], "stream": "yes"}, 400, "stream", '"yes"'),
     ({"prompt": [1], "stream_options": {}}, 400, "stream_options", "stream=true"),
     ({"prompt": [1], "priority": 1.5}, 400, "priority", "1.5"),
+    ({"prompt": [1], "priority": 2**63}, 400, "priority", f"got {2**63}"),
+    ({"prompt": [1], "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "999"),
     ({"prompt": [1], "request_id": ""}, 400, "request_id", '""'),
     ({"prompt": [1], "tags": "rollout"}, 400, "tags", '"rollout"'),
     ({"prompt": [1] * 5000}, 400, "prompt", "5000 tokens"),
@@ -264,11 +269,15 @@ async def test_what_is_no_json_and_what_is_no_route_are_told_apart(served: Serve
     broken = await served.http.post("/v1/completions", content=b"{")
     assert broken.status_code == 400
     assert "not JSON" in broken.json()["error"]["message"]
+    deep = await served.http.post("/v1/completions", content=b"[" * 100_000)
+    assert deep.status_code == 400
+    assert "nested too deeply" in deep.json()["error"]["message"]
     missing = await served.http.get("/v1/nothing")
     assert missing.status_code == 404
     assert "/v1/nothing" in missing.json()["error"]["message"]
     wrong_method = await served.http.get("/v1/completions")
     assert wrong_method.status_code == 405
+    assert wrong_method.headers["allow"] == "POST"
 
 
 async def test_L8_a_live_request_id_is_refused_and_free_again_afterwards(

@@ -14,6 +14,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "no prompt": {},
     "two prompts": {"prompt": "a", "prompt_token_ids": [1]},
     "an empty prompt": {"prompt_token_ids": []},
+    "a text that is none": {"prompt": 5},
+    "a lone surrogate": {"prompt": "\ud800"},
     "a negative token": {"prompt_token_ids": [-1]},
     "a token beyond 32 bits": {"prompt_token_ids": [2**40]},
     "a token beyond 64 bits": {"prompt_token_ids": [2**70]},
@@ -35,6 +37,16 @@ async def test_L11_a_refused_request_leaves_nothing_behind(arguments: dict[str, 
         assert frontend.num_live_requests == 0
         await engine.expect_silence(0.02)
         # Its id is free.
+        frontend.generate(prompt_token_ids=[1], request_id="refused").close()
+
+
+async def test_L11_a_programming_error_in_a_request_leaves_nothing_behind() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        no_params: Any = {"max_tokens": 3}
+        with pytest.raises(AttributeError):
+            frontend.generate(prompt_token_ids=[1], sampling_params=no_params, request_id="refused")
+        assert frontend.num_live_requests == 0
+        await engine.expect_silence(0.02)
         frontend.generate(prompt_token_ids=[1], request_id="refused").close()
 
 

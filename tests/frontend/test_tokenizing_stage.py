@@ -108,7 +108,7 @@ async def test_L1_a_long_prompt_that_turns_out_too_long_ends_with_an_error_that_
         result = await frontend.generate(LONG_TEXT).result()
         assert result.finish_reason == "error"
         assert result.error is not None
-        assert result.error.code == "validation_error"
+        assert result.error.code == "context_length_exceeded"
         assert f"{num_tokens} tokens" in result.error.message
         assert f"max_model_len={frontend.max_model_len}" in result.error.message
         await engine.expect_silence(0.05)

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from ipc.abort import Abort, decode_abort, encode_abort
-from ipc.codec import pack
+from ipc.codec import MAX_PAYLOAD_BYTES, pack
 from ipc.errors import WireError
 from ipc.frames import InputError, RequestType, decode_input
 from ipc.request import EngineCoreRequest, SamplingParams, decode_add, encode_add
@@ -134,6 +134,15 @@ def test_what_a_truncated_add_still_tells_is_kept() -> None:
     assert (error.request_id, error.client_index) == ("r", None)
     error = refusal([ADD, payload[:3]])
     assert (error.request_id, error.client_index) == (None, None)
+
+
+def test_L12_the_sender_of_a_message_beyond_the_size_limit_is_known() -> None:
+    too_much = {"x": bytes(MAX_PAYLOAD_BYTES)}
+    error = refusal([ADD, pack(add_payload(trace_headers=too_much))])
+    assert "exceed the limit" in str(error)
+    assert (error.request_id, error.client_index) == ("r", 3)
+    error = refusal(encode_utility(UtilityCall(1, 7, "m", (too_much,))))
+    assert (error.call_id, error.client_index) == (7, 1)
 
 
 def test_a_client_index_that_an_add_may_leave_out_is_zero() -> None:

@@ -24,6 +24,26 @@ def fused_projection(
     return fused, [part.view(num_tokens, -1, head_size) for part in parts]
 
 
+def test_kernels_compile_without_a_folder_for_their_cache_and_the_remedy_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_njit = numba.njit
+
+    def njit(*functions: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real_njit(*functions, **options)
+
+    def successor(number: int) -> int:
+        return number + 1
+
+    monkeypatch.setattr(numba, "njit", njit)
+    cpu_runtime._warn_of_no_cache.cache_clear()
+    assert cpu_runtime.jit(successor)(1) == cpu_runtime.summing_jit(successor)(1) == 2
+    [record] = caplog.records
+    assert "NUMBA_CACHE_DIR" in record.getMessage()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 64, 896, 4096])
 def test_norms_agree_with_the_reference(size: int, dtype: torch.dtype) -> None:
