@@ -17,41 +17,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import time
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from functools import partial
 
 from frontend.config import FrontendConfig
 from frontend.engines.engine_client import EngineClient
 from frontend.engines.supervisor import EngineSupervisor
 from frontend.errors import (
-    CALLERS_FAULTS,
-    CONTEXT_LENGTH_EXCEEDED,
-    VALIDATION_ERROR,
     EngineDeadError,
-    InvalidRequestError,
-    PromptTooLongError,
     UtilityCallError,
 )
 from frontend.outputs import AbortCause, AbortReceipt, Terminal
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.explicit_abort import ExplicitAborts, Selector
-from frontend.requests.mailbox import Mailbox
-from frontend.requests.registry import Entry
+from frontend.requests.intake import NewRequest, RequestIntake
 from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
-from frontend.text.output_processor import OutputProcessor
 from frontend.text.tokenizer import Tokenizer
-from ipc import expect
 from ipc.errors import WireError
 from ipc.lifecycle import CAESURA_STATUS, EngineStatus
-from ipc.output import OutputError
 
 logger = logging.getLogger(__name__)
 
-MAX_INLINE_CHARS = 8192
-"""Longer prompts are tokenized on a worker thread, so that they do not hold up other streams."""
 SHUTDOWN_ABORT_TIMEOUT_S = 2.0
 
 
@@ -71,9 +59,16 @@ class AsyncEngine:
         self._dispatcher = dispatcher
         self._supervisor = supervisor
         self._aborts = ExplicitAborts(dispatcher)
+        self._thread_id = threading.get_ident()
         self._shutdown: asyncio.Task[None] | None = None
         registrations = dispatcher.client.registrations
         self.max_model_len = min(peer.max_model_len for peer in registrations.values())
+        self._intake = RequestIntake(
+            dispatcher,
+            tokenizer,
+            max_model_len=self.max_model_len,
+            stream_interval=config.stream_interval,
+        )
         self._aborts.foreign_engines = {
             rank for rank, peer in registrations.items() if peer.caesura_protocol is None
         }
@@ -144,111 +139,35 @@ class AsyncEngine:
         by ending with `error`.
         """
         self._check_serving()
-        params = sampling_params if sampling_params is not None else SamplingParams()
-        if (prompt is None) == (prompt_token_ids is None):
-            raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
-        token_ids = list(prompt_token_ids) if prompt_token_ids is not None else None
-        if prompt is not None and not isinstance(prompt, str):
-            raise InvalidRequestError(f"the prompt must be a str, not {prompt!r:.80}")
-        if prompt is not None and len(prompt) <= MAX_INLINE_CHARS:
-            try:
-                token_ids = self._tokenizer_for_text().encode(prompt)
-            except ValueError as error:
-                raise InvalidRequestError(str(error)) from error
-        if token_ids is not None:
-            self._check_prompt(token_ids)
-
-        request_id = request_id if request_id is not None else secrets.token_hex(8)
-        entry = Entry(
-            internal_id=f"{request_id}-{secrets.token_hex(4)}",
-            request_id=request_id,
-            mailbox=Mailbox(request_id, self.config.stream_interval),
-            aliases=tuple(aliases),
-            batch_id=batch_id,
-            tags=frozenset(tags),
-        )
-        send = partial(self._send, entry, params, priority=priority, arrival_time_s=time.time())
-        if token_ids is not None:
-            self._dispatcher.registry.register(entry)
-            try:
-                send(token_ids)
-            except BaseException as error:
-                self._dispatcher.registry.remove(entry.internal_id, engine_runs_it=False)
-                if isinstance(error, ValueError):
-                    raise InvalidRequestError(str(error)) from error
-                raise
-        else:
-            assert prompt is not None
-            tokenizer = self._tokenizer_for_text()
-            self._dispatcher.registry.register(entry)
-            encoding = self._loop.run_in_executor(None, tokenizer.encode, prompt)
-            encoding.add_done_callback(partial(self._on_encoded, entry, send))
-        return RequestStream(entry.mailbox, partial(self._drop_from_anywhere, entry.internal_id))
-
-    def _send(
-        self,
-        entry: Entry,
-        params: SamplingParams,
-        token_ids: list[int],
-        *,
-        priority: int,
-        arrival_time_s: float,
-    ) -> None:
-        tokenizer = self.tokenizer
-        entry.processor = OutputProcessor(tokenizer, params, token_ids)
-        self._dispatcher.send(
-            entry,
-            token_ids,
-            params.to_wire(
-                tokenizer.eos_token_ids if tokenizer is not None else (),
-                num_tokens_left=self.max_model_len - len(token_ids),
-            ),
-            priority=priority,
-            arrival_time_s=arrival_time_s,
-        )
-
-    def _on_encoded(
-        self,
-        entry: Entry,
-        send: Callable[[list[int]], None],
-        encoding: asyncio.Future[list[int]],
-    ) -> None:
-        """A long prompt was tokenized; its request may have ended meanwhile."""
-        if self._dispatcher.registry.get(entry.internal_id) is None:
-            return
-        try:
-            token_ids = encoding.result()
-            self._check_prompt(token_ids)
-            send(token_ids)
-        except Exception as error:
-            code = "internal_error"
-            if isinstance(error, ValueError):
-                is_too_long = isinstance(error, PromptTooLongError)
-                code = CONTEXT_LENGTH_EXCEEDED if is_too_long else VALIDATION_ERROR
-            fault = OutputError(code, str(error), retryable=code not in CALLERS_FAULTS)
-            self._dispatcher.end_unsent(entry, Terminal("error", error=fault))
-
-    def _tokenizer_for_text(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise InvalidRequestError("this engine has no tokenizer; give prompt_token_ids")
-        return self.tokenizer
-
-    def _check_prompt(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty; it needs at least one token")
-        try:
-            expect.token_ids(token_ids, "prompt_token_ids")
-        except WireError as error:
-            raise InvalidRequestError(str(error)) from None
-        if len(token_ids) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens, but the model's context holds "
-                f"max_model_len={self.max_model_len}, prompt and output together; shorten the "
-                f"prompt"
+        entry = self._intake.accept(
+            NewRequest(
+                prompt=prompt,
+                prompt_token_ids=prompt_token_ids,
+                sampling_params=sampling_params
+                if sampling_params is not None
+                else SamplingParams(),
+                request_id=request_id,
+                aliases=aliases,
+                batch_id=batch_id,
+                priority=priority,
+                tags=tags,
             )
+        )
+        return RequestStream(
+            entry.mailbox,
+            drop=partial(self._drop, entry.internal_id),
+            drop_later=partial(self._drop_later, entry.internal_id),
+        )
 
-    def _drop_from_anywhere(self, internal_id: str) -> None:
-        """Drop a stream from whatever thread, also in the middle of a garbage collection."""
+    def _drop(self, internal_id: str) -> None:
+        """Drop a stream: at once on the loop's own thread, else as soon as it gets to it."""
+        if threading.get_ident() == self._thread_id:
+            self._dispatcher.drop(internal_id)
+        else:
+            self._drop_later(internal_id)
+
+    def _drop_later(self, internal_id: str) -> None:
+        """For any thread, and for the middle of a garbage collection."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every request
             self._loop.call_soon_threadsafe(self._dispatcher.drop, internal_id)
 

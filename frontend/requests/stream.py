@@ -18,10 +18,15 @@ from frontend.requests.mailbox import Mailbox
 class RequestStream:
     """An async iterator over a request's events, the last of which carries its finish reason."""
 
-    def __init__(self, mailbox: Mailbox, drop: Callable[[], None]) -> None:
-        """`drop` may be called from any thread and while the garbage collector runs."""
+    def __init__(
+        self, mailbox: Mailbox, *, drop: Callable[[], None], drop_later: Callable[[], None]
+    ) -> None:
+        """`drop` takes effect at once where it can; `drop_later` may be called in the midst of
+        anything, as the garbage collector does.
+        """
         self._mailbox = mailbox
         self._drop = drop
+        self._drop_later = drop_later
         self._is_done = False
 
     @property
@@ -86,4 +91,5 @@ class RequestStream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not self._is_done:
+            self._drop_later()

@@ -18,7 +18,11 @@ def opened(**mailbox_options: int) -> tuple[Mailbox, RequestStream, list[str]]:
     """A mailbox, its stream, and a list that grows when the stream is dropped."""
     mailbox = Mailbox("r", **mailbox_options)
     drops: list[str] = []
-    return mailbox, RequestStream(mailbox, lambda: drops.append("r")), drops
+
+    def drop() -> None:
+        drops.append("r")
+
+    return mailbox, RequestStream(mailbox, drop=drop, drop_later=drop), drops
 
 
 async def test_events_merge_while_nobody_reads() -> None:

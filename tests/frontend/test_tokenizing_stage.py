@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from frontend.async_engine import MAX_INLINE_CHARS, AsyncEngine
+from frontend.async_engine import AsyncEngine
 from frontend.errors import DuplicateRequestIdError, PromptTooLongError
 from frontend.outputs import AbortCause
+from frontend.requests.intake import MAX_INLINE_CHARS
 from frontend.sampling_params import SamplingParams
 from frontend.text.tokenizer import Tokenizer
 from ipc.engine_config import EngineConfig
@@ -154,3 +155,14 @@ async def test_an_engine_without_a_tokenizer_asks_for_token_ids() -> None:
     async with mock_fleet(engine=fake) as (frontend, _):
         with pytest.raises(ValueError, match="prompt_token_ids"):
             frontend.generate("text")
+
+
+async def test_L8_an_id_is_free_again_as_soon_as_its_stream_is_closed() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        first = frontend.generate(prompt_token_ids=[1], request_id="again")
+        first.close()
+        second = frontend.generate(prompt_token_ids=[2], request_id="again")
+        adds = [await engine.next_add(), await engine.next_add()]
+        assert [add.prompt_token_ids for add in adds] == [[1], [2]]
+        assert await engine.next_abort() == [adds[0].request_id]
+        second.close()
