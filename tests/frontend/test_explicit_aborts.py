@@ -121,13 +121,17 @@ async def test_L1_an_end_that_overtakes_the_abort_is_the_one_end() -> None:
         assert [out.finish_reason async for out in stream] == ["stop"]
 
 
-async def test_L4_a_request_aborted_in_the_turn_it_was_made_ends_with_nothing() -> None:
+async def test_L2_L4_a_request_aborted_in_the_turn_it_was_made_ends_with_the_step_in_flight() -> (
+    None
+):
     async with mock_fleet() as (frontend, [engine]), AutoAnswers(engine) as answers:
         stream = frontend.generate("a text that has to be tokenised", request_id="early")
-        receipt = await frontend.abort("early")
-        assert receipt.requests["early"].status == "aborted"
+        receipt = (await frontend.abort("early")).requests["early"]
+        assert receipt.status == "aborted"
         result = await asyncio.wait_for(stream.result(), 5)
-        assert (result.finish_reason, list(result.token_ids)) == ("abort", [])
+        assert result.finish_reason == "abort"
+        # A step may have begun between the two messages; its token is the client's.
+        assert len(result.token_ids) == receipt.num_output_tokens <= 1
         await asyncio.sleep(0.1)
         assert not answers.live, "the engine still runs a request that was aborted"
 
