@@ -156,14 +156,18 @@ class EngineClient:
     # -- to engines ----------------------------------------------------------------------------
 
     def send(self, rank: int, frames: Sequence[bytes]) -> None:
-        """Send one message. Raises EngineDeadError if the engine is gone."""
+        """Send one message. Raises EngineDeadError if the engine is gone, and reports its death:
+        one that cannot be told anything cannot be controlled.
+        """
         engine = self._engines[rank]
         if not engine.is_connected:
             raise EngineDeadError(f"engine {rank} is dead")
         try:
             self._input_socket.send_multipart([engine.identity, *frames], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            raise EngineDeadError(f"engine {rank} cannot be reached: {error}") from None
+            reason = f"engine {rank} cannot be reached: {error}"
+            self._loop.call_soon(self._events.on_engine_dead, rank, reason)
+            raise EngineDeadError(reason) from None
         self._input_reader.poke()
 
     def start_call(self, rank: int, method: str, *args: object) -> asyncio.Future[object]:

@@ -137,6 +137,18 @@ async def test_L12_a_request_for_an_engine_that_cannot_be_reached_goes_to_the_ne
             stream.close()
 
 
+async def test_L5_L12_an_abort_for_an_unreachable_engine_says_so_and_its_streams_end() -> None:
+    async with mock_fleet(2) as (frontend, engines):
+        opened = await one_stream_each(frontend, engines)
+        await engines[0].go_deaf()
+        await asyncio.sleep(0.05)  # Until the front end's socket knows.
+        receipt = await frontend.abort("stream-0")
+        assert receipt.requests["stream-0"].status == "engine_error"
+        assert receipt.engines == {0: "error"}
+        await assert_ended_with_error(opened[0][1])
+        await assert_serves(engines[1], *opened[1])
+
+
 async def test_L12_with_no_engine_left_a_request_is_refused_at_once() -> None:
     async with mock_fleet() as (frontend, [engine]):
         assert frontend.is_healthy
