@@ -168,8 +168,11 @@ Loaded with `transformers`, the logits differ from those of the training code by
 It has the look of Python and none of the sense: names are invented, code seldom runs, and what
 it states is not to be relied on. It knows nothing outside the standard library and hardly any
 English beyond docstrings and the language reference. It has seen one kind of chat message
-("Write a Python function ...") and will answer anything else with code-like text. Greedy
-continuations tend to repeat themselves; at temperature 0.8 they do so far less.
+("Write a Python function ...") and will answer anything else with code-like text. Continuations
+tend to repeat themselves, greedy ones most, and the more so the shorter the prompt. A word's token
+includes the space before it and a digit's does not, so behind a prompt that ends in a space numbers
+still come too often: "def " is mostly continued with a name, "return " mostly with a number.
+Prompts that end in a line break, or in a word without the space, do best.
 
 ## Samples
 
