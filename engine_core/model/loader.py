@@ -8,6 +8,7 @@ Choices made here
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from ipc.engine_config import EngineConfig
 _WARM_UP_ELEMENTS = 2**18
 """Tokens times hidden size of the first step: enough that its kernels are worth several threads."""
 _MIN_WARM_UP_TOKENS = 64
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +81,7 @@ def load_runner(
         max_model_len=max_model_len,
         seed=config.seed,
     )
+    logger.info("warming up (on its first start, a machine compiles the kernels: some seconds)")
     num_tokens = max(_MIN_WARM_UP_TOKENS, _WARM_UP_ELEMENTS // model_config.hidden_size)
     runner.warm_up(min(num_tokens, max_model_len - 1))
     resolved = ResolvedModel(

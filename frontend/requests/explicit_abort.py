@@ -95,9 +95,13 @@ class ExplicitAborts:
             calls[engine_index] = self._dispatcher.client.start_call(
                 engine_index, lifecycle.CAESURA_ABORT, ids, cause.value
             )
-        logger.info(
-            "explicit abort of %d requests on %d engines", len(receipt.requests), len(by_engine)
-        )
+        if receipt.requests:
+            logger.info(
+                "abort (%s) of %d requests on %d engines",
+                cause.value,
+                len(receipt.requests),
+                len(by_engine),
+            )
         return PendingAbort(receipt, by_engine, calls)
 
     async def finish(self, pending: PendingAbort, timeout_s: float) -> AbortReceipt:
