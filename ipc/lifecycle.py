@@ -16,10 +16,6 @@ CAESURA_ABORT = "caesura_abort"
 """Arguments: request ids, cause. Result: AbortReceipt."""
 CAESURA_STATUS = "caesura_status"
 """No arguments. Result: EngineStatus."""
-CAESURA_PAUSE = "caesura_pause"
-"""Arguments: mode, clear_cache, lease_s, pause_id. Result: nil, once paused."""
-CAESURA_RESUME = "caesura_resume"
-"""Argument: pause_id. Result: nil."""
 
 AbortStatus = Literal["aborted", "finished", "unknown", "pending", "engine_error"]
 

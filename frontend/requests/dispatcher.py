@@ -103,28 +103,24 @@ class Dispatcher:
         entry = self.registry.get(internal_id)
         if entry is None:
             return
-        self._end(
-            entry, Terminal("abort", abort_cause=AbortCause.DROPPED_STREAM), engine_runs_it=True
-        )
-        if entry.engine_index is not None:
-            self._queue_abort(internal_id, AbortCause.DROPPED_STREAM)
+        cause = AbortCause.DROPPED_STREAM
+        self._end(entry, Terminal("abort", abort_cause=cause), abort_in_engine=cause)
 
     def end_unsent(self, entry: Entry, terminal: Terminal) -> None:
         """End a request that no engine knows. Nothing happens if it has ended."""
         assert entry.engine_index is None
-        self._end(entry, terminal, engine_runs_it=False)
+        self._end(entry, terminal)
 
     def end_without_engine(self, entries: list[Entry], terminal: Terminal) -> None:
         """End requests with what was received, and tell their engines at once, each in frames of
         its own.
 
         For engines that give no terminal for an abort, and for when there is no time to wait for
-        it.
+        it. The terminal names the cause.
         """
+        assert terminal.abort_cause is not None
         for entry in entries:
-            self._end(entry, terminal, engine_runs_it=True)
-            if entry.engine_index is not None:
-                self._queue_abort(entry.internal_id, terminal.abort_cause or AbortCause.EXPLICIT)
+            self._end(entry, terminal, abort_in_engine=terminal.abort_cause)
         self.flush_aborts()
 
     # -- from engines --------------------------------------------------------------------------
@@ -160,7 +156,7 @@ class Dispatcher:
         logger.error("%s; %d of its requests end with an error", reason, len(entries))
         fault = OutputError("engine_dead", reason.splitlines()[0], True)
         for entry in entries:
-            self._end(entry, Terminal("error", error=fault), engine_runs_it=False)
+            self._end(entry, Terminal("error", error=fault))
         self.registry.forget_orphans(rank)
 
     def _deliver(self, entry: Entry, output: EngineCoreOutput) -> None:
@@ -179,16 +175,19 @@ class Dispatcher:
             )
         if delta.stop_reason is not None:
             terminal = Terminal("stop", stop_reason=delta.stop_reason)
-            self._end(entry, terminal, engine_runs_it=not is_finished)
-            if not is_finished:
-                self._queue_abort(entry.internal_id, AbortCause.STOP_STRING)
+            cause = None if is_finished else AbortCause.STOP_STRING
+            self._end(entry, terminal, abort_in_engine=cause)
         elif output.finish_reason is not None:
             terminal = _terminal(output, output.finish_reason, entry.abort_cause)
-            self._end(entry, terminal, engine_runs_it=False)
+            self._end(entry, terminal)
 
     # -- ends ----------------------------------------------------------------------------------
 
-    def _end(self, entry: Entry, terminal: Terminal, *, engine_runs_it: bool) -> None:
+    def _end(
+        self, entry: Entry, terminal: Terminal, *, abort_in_engine: AbortCause | None = None
+    ) -> None:
+        """End a live request here. `abort_in_engine`: its engine does not know yet, and is told."""
+        engine_runs_it = abort_in_engine is not None
         if self.registry.remove(entry.internal_id, engine_runs_it=engine_runs_it) is None:
             return
         entry.terminal = terminal
@@ -203,6 +202,8 @@ class Dispatcher:
             terminal.abort_cause,
             entry.num_output_tokens,
         )
+        if abort_in_engine is not None and entry.engine_index is not None:
+            self._queue_abort(entry.internal_id, abort_in_engine)
 
     # -- auto-aborts ---------------------------------------------------------------------------
 

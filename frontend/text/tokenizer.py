@@ -51,7 +51,6 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         id_to_token = self._backend.id_to_token
-        self.special_token_ids = special_ids
         self._tables = {
             skip: TokenBytes(to_bytes, id_to_token, special_ids if skip else ())
             for skip in (False, True)

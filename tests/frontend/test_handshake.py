@@ -6,29 +6,12 @@ import pytest
 
 from frontend.engines.handshake import Handshake
 from ipc.errors import WireError
-from ipc.handshake import Hello, Init, Ready, Registration, engine_identity
+from ipc.handshake import Hello, Init, Ready, engine_identity
+from tests.support.mock_engine import make_registration
 
 HELLO = Hello(local=True, headless=False).encode()
 READY = Ready(local=True, headless=False).encode()
-REGISTRATION = Registration(
-    max_model_len=64,
-    num_gpu_blocks=8,
-    block_size=8,
-    dp_stats_address=None,
-    dtype="float32",
-    vllm_version="0.32.0",
-    world_size=1,
-    data_parallel_size=1,
-    tensor_parallel_size=1,
-    pipeline_parallel_size=1,
-    decode_context_parallel_size=1,
-    data_parallel_rank=0,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    instance_id="test",
-    supports_lora=False,
-    max_loras=0,
-).encode()
+REGISTRATION = make_registration(max_model_len=64).encode()
 FIRST, SECOND = engine_identity(0), engine_identity(1)
 
 

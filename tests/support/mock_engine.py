@@ -73,6 +73,30 @@ class ReceivedFrame:
     message: Message
 
 
+def make_registration(rank: int = 0, **changes: Any) -> Registration:
+    """What an engine tells of itself; `changes` are fields of `Registration`."""
+    values: dict[str, Any] = {
+        "max_model_len": 4096,
+        "num_gpu_blocks": NUM_BLOCKS,
+        "block_size": BLOCK_SIZE,
+        "dp_stats_address": None,
+        "dtype": "float32",
+        "vllm_version": "0.32.0",
+        "world_size": 1,
+        "data_parallel_size": 1,
+        "data_parallel_rank": rank,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "max_num_seqs": 256,
+        "max_num_batched_tokens": 2048,
+        "instance_id": f"mock-{rank}",
+        "supports_lora": False,
+        "max_loras": 0,
+    }
+    return Registration(**(values | changes))
+
+
 class MockEngine:
     """One engine of a front end under test.
 
@@ -148,32 +172,11 @@ class MockEngine:
     async def register(self, payload: bytes | None = None) -> None:
         """Announce this engine on every input socket; `payload` replaces a right registration."""
         if payload is None:
-            payload = self._make_registration().encode()
+            protocol = CAESURA_PROTOCOL if self.caesura else None
+            changes = {"caesura_protocol": protocol} | self._registration
+            payload = make_registration(self.rank, **changes).encode()
         for socket in self._inputs:
             await socket.send(payload)
-
-    def _make_registration(self) -> Registration:
-        values: dict[str, Any] = {
-            "max_model_len": 4096,
-            "num_gpu_blocks": NUM_BLOCKS,
-            "block_size": BLOCK_SIZE,
-            "dp_stats_address": None,
-            "dtype": "float32",
-            "vllm_version": "0.32.0",
-            "world_size": 1,
-            "data_parallel_size": 1,
-            "data_parallel_rank": self.rank,
-            "tensor_parallel_size": 1,
-            "pipeline_parallel_size": 1,
-            "decode_context_parallel_size": 1,
-            "max_num_seqs": 256,
-            "max_num_batched_tokens": 2048,
-            "instance_id": f"mock-{self.rank}",
-            "supports_lora": False,
-            "max_loras": 0,
-            "caesura_protocol": CAESURA_PROTOCOL if self.caesura else None,
-        }
-        return Registration(**(values | self._registration))
 
     # ── what the front end sent ───────────────────────────────────────────────────────────────────
 
