@@ -56,6 +56,8 @@ class StepResult:
     token_ids: list[int]
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
     """By slot, for sampling rows that asked for logprobs: arrays with one position."""
+    prompt_logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
+    """By slot, for prompts that asked for them: the positions that this step computed."""
 
 
 class ModelRunner(Protocol):

@@ -8,6 +8,7 @@ its frames leave before the next step begins.
 Invariants
 - Every request accepted here gets exactly one terminal output, except those ended by an ABORT
   frame, which are silent as the protocol demands.
+- Every end, silent or not, is confirmed once to the request's own client, after its blocks left it.
 - Terminal outputs stand before the utility reply that reports them; a reply shares its frame with
   nothing.
 - An id is known from its ADD to its terminal; whatever is wrong with one message harms only its
@@ -17,7 +18,7 @@ Invariants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import compress
 
 from engine_core.batch import ModelRunner
@@ -95,7 +96,7 @@ class EngineCore:
                 case EngineCoreRequest():
                     self._add(client_index, message, outbox, now)
                 case Abort():
-                    self._abort_silently(client_index, message)
+                    self._abort_silently(client_index, message, outbox)
                 case UtilityCall():
                     outbox.reply(client_index, self._utilities.call(client_index, message, outbox))
                 case InputError():
@@ -148,11 +149,14 @@ class EngineCore:
 
     # -- aborts --------------------------------------------------------------------------------
 
-    def _abort_silently(self, client_index: int, message: Abort) -> None:
-        """An ABORT frame: the named requests end without an output; unknown ids are ignored."""
+    def _abort_silently(self, client_index: int, message: Abort, outbox: Outbox) -> None:
+        """An ABORT frame: the named requests end without an output; their ends are confirmed.
+
+        Ids that are not live are ignored.
+        """
         self.counters["abort_frames"] += 1
         ended = [
-            self._end(request)
+            self._end(request, outbox)
             for request_id in message.request_ids
             if (request := self._find(client_index, request_id)) is not None
         ]
@@ -174,7 +178,7 @@ class EngineCore:
             if request is None:
                 receipts[request_id] = RequestReceipt("unknown")
                 continue
-            one = self._end(request)
+            one = self._end(request, outbox)
             ended.append(one)
             receipts[request_id] = RequestReceipt("aborted", one.num_output_tokens, one.stage.value)
             outbox.add(client_index, aborted(request_id))
@@ -199,19 +203,26 @@ class EngineCore:
         request = self._requests.get(request_id)
         return request if request is not None and request.client_index == client_index else None
 
-    def _end(self, request: Request) -> EndedRequest:
+    def live_requests(self, client_index: int) -> Iterator[Request]:
+        """A client's own, in order of arrival."""
+        return (
+            request for request in self._requests.values() if request.client_index == client_index
+        )
+
+    def _end(self, request: Request, outbox: Outbox) -> EndedRequest:
         """End a live request at a boundary."""
         stage, num_output_tokens = request.stage, request.num_output_tokens
         del self._requests[request.request_id]
         self.counters["requests_aborted"] += 1
         freed, cached = self.scheduler.remove(request)
+        outbox.confirm_end(request.client_index, request.request_id)
         return EndedRequest(request.request_id, stage, num_output_tokens, freed, cached)
 
     def abort_everything(self, now: float) -> list[Outgoing]:
         """The engine is shutting down: every live request ends with `abort`, told to its client."""
         outbox = Outbox(self._engine_index, now)
         for request in list(self._requests.values()):
-            self._end(request)
+            self._end(request, outbox)
             outbox.add(request.client_index, aborted(request.request_id))
         return outbox.frames()
 
@@ -229,6 +240,10 @@ class EngineCore:
         result = self._runner.execute(scheduled.batch)
         self.num_steps += 1
         self.scheduler.commit(scheduled)
+        if result.prompt_logprobs:
+            for request, slot in zip(scheduled.requests, scheduled.batch.slots, strict=True):
+                if (logprobs := result.prompt_logprobs.get(slot)) is not None:
+                    request.prompt_logprobs.append(logprobs)
         now = clock() if clock is not None else now
         outbox = Outbox(self._engine_index, now, weight_version=self.weight_version)
         self._emit(scheduled, result.token_ids, result.logprobs, outbox)
@@ -257,12 +272,14 @@ class EngineCore:
             if ended is not None:
                 del self._requests[request.request_id]
                 self.scheduler.remove(request)
+                outbox.confirm_end(request.client_index, request.request_id)
             outbox.add(
                 request.client_index,
                 EngineCoreOutput(
                     request.request_id,
                     (token_id,),
                     new_logprobs=logprobs.get(slot),
+                    prompt_logprobs=request.take_prompt_logprobs(),
                     finish_reason=None if ended is None else ended[0],
                     stop_reason=None if ended is None else ended[1],
                     events=tuple(request.events) if request.events else None,

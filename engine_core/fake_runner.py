@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_core.batch import StepBatch, StepResult
+from engine_core.prompt_logprobs import OwedPromptLogprobs, PromptSpan
 from ipc.output import LogprobsLists
 
 FAKE_LOGPROB = -1.0
@@ -34,6 +35,24 @@ def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int = 32
         length = len(context)
         context.append(next_token(context[-1], context[length // 2], length, vocab_size))
     return context[len(prompt) :]
+
+
+def expected_prompt_logprobs(
+    prompt: Sequence[int], num_alternatives: int, vocab_size: int = 32_000
+) -> LogprobsLists:
+    """The log-probabilities that a fake engine answers for the prompt itself."""
+    tokens = np.array(prompt, np.int64)
+    return _prompt_logprobs(tokens[:-1], tokens[1:], num_alternatives, vocab_size)
+
+
+def _prompt_logprobs(
+    last: NDArray[np.int64], following: NDArray[np.int64], num_alternatives: int, vocab_size: int
+) -> LogprobsLists:
+    columns = np.arange(-1, num_alternatives)
+    token_ids = (last[:, None] + columns) % vocab_size
+    token_ids[:, 0] = following
+    logprobs = -(last[:, None] % 64 + 1 + columns) / 8
+    return LogprobsLists(token_ids.astype(np.int32), logprobs.astype(np.float32), last % 16 + 1)
 
 
 class FakeRunner:
@@ -62,6 +81,7 @@ class FakeRunner:
         self._tables: NDArray[np.int64] = np.zeros((max_num_seqs, num_table_blocks), np.int64)
         self._table_lengths = [0] * max_num_seqs
         self._wants_logprobs: dict[int, int] = {}
+        self._owed_prompt_logprobs = OwedPromptLogprobs(vocab_size)
         self._cache: NDArray[np.int64] = np.full(num_blocks * block_size, -1, np.int64)
 
     def execute(self, batch: StepBatch) -> StepResult:
@@ -72,7 +92,11 @@ class FakeRunner:
         computed = np.array(batch.num_computed_tokens)
         num_new = np.array(batch.num_new_tokens)
         self._write(slots, computed, num_new)
-        return self._sample(slots[np.array(batch.samples, dtype=bool)])
+        of_prompts = {
+            span.slot: self._judge_span(span)
+            for span in self._owed_prompt_logprobs.take_spans(batch)
+        }
+        return self._sample(slots[np.array(batch.samples, dtype=bool)], of_prompts)
 
     def _update(self, batch: StepBatch) -> None:
         for slot in batch.left:
@@ -109,7 +133,15 @@ class FakeRunner:
         positions = np.repeat(computed, num_new) + np.arange(len(rows)) - starts
         self._cache[self._cells(rows, positions)] = self._tokens[rows, positions]
 
-    def _sample(self, slots: NDArray[np.int64]) -> StepResult:
+    def _judge_span(self, span: PromptSpan) -> LogprobsLists:
+        num_positions = len(span.next_token_ids)
+        positions = np.arange(span.start, span.start + num_positions)
+        last = self._cache[self._cells(np.full(num_positions, span.slot), positions)]
+        return _prompt_logprobs(
+            last, np.array(span.next_token_ids, np.int64), span.num_alternatives, self.vocab_size
+        )
+
+    def _sample(self, slots: NDArray[np.int64], of_prompts: dict[int, LogprobsLists]) -> StepResult:
         lengths = self._num_tokens[slots]
         last = self._cache[self._cells(slots, lengths - 1)]
         middle = self._cache[self._cells(slots, lengths // 2)]
@@ -122,7 +154,7 @@ class FakeRunner:
             for slot, token_id in zip(slots.tolist(), token_ids, strict=True)
             if slot in self._wants_logprobs
         }
-        return StepResult(token_ids, logprobs)
+        return StepResult(token_ids, logprobs, of_prompts)
 
     def _fake_logprobs(self, token_id: int, num_logprobs: int) -> LogprobsLists:
         ids = [token_id] + [(token_id + k) % self.vocab_size for k in range(num_logprobs)]

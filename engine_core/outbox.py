@@ -4,6 +4,8 @@ Invariants
 - Frames leave in the order in which their contents were added, per client.
 - A utility reply has a frame of its own, behind every output added before it.
 - Statistics ride on the first client's last output frame, or travel alone.
+- An ended request is confirmed (`finished_requests`) to its client once, when its blocks have left
+  it: in the frame of its terminal output or, where there is none, in the next one to that client.
 """
 
 from __future__ import annotations
@@ -32,10 +34,18 @@ class Outbox:
         self._weight_version = weight_version
         self._frames: list[Outgoing] = []
         self._outputs: dict[int, list[EngineCoreOutput]] = {}
+        self._ended: dict[int, list[str]] = {}
         self._stats: SchedulerStats | None = None
 
     def add(self, client_index: int, output: EngineCoreOutput) -> None:
         self._outputs.setdefault(client_index, []).append(output)
+
+    def confirm_end(self, client_index: int, request_id: str) -> None:
+        """Tell that a request holds nothing any more; its terminal, if it has one, is in the same
+        frame.
+        """
+        self._outputs.setdefault(client_index, [])
+        self._ended.setdefault(client_index, []).append(request_id)
 
     def refuse(self, client_index: int, request_id: str, message: str) -> None:
         """End a request that never began: finish reason 3, with the reason in words."""
@@ -48,10 +58,14 @@ class Outbox:
                 error=OutputError("validation_error", message, retryable=False),
             ),
         )
+        self.confirm_end(client_index, request_id)
 
     def reply(self, client_index: int, reply: UtilityReply) -> None:
         self._flush()
-        self._frames.append((client_index, self._frame(utility_output=reply)))
+        frame = EngineCoreOutputs(
+            engine_index=self._engine_index, timestamp=self._now, utility_output=reply
+        )
+        self._frames.append((client_index, frame))
 
     def set_stats(self, stats: SchedulerStats) -> None:
         self._stats = stats
@@ -65,27 +79,14 @@ class Outbox:
 
     def _flush(self, stats: SchedulerStats | None = None) -> None:
         for client_index, outputs in self._outputs.items():
-            frame = self._frame(
-                outputs=tuple(outputs),
+            frame = EngineCoreOutputs(
+                engine_index=self._engine_index,
+                outputs=outputs,
                 scheduler_stats=stats if client_index == STATS_CLIENT else None,
+                timestamp=self._now,
+                finished_requests=self._ended.get(client_index),
                 weight_version=self._weight_version,
             )
             self._frames.append((client_index, frame))
         self._outputs = {}
-
-    def _frame(
-        self,
-        *,
-        outputs: tuple[EngineCoreOutput, ...] = (),
-        scheduler_stats: SchedulerStats | None = None,
-        utility_output: UtilityReply | None = None,
-        weight_version: str | None = None,
-    ) -> EngineCoreOutputs:
-        return EngineCoreOutputs(
-            engine_index=self._engine_index,
-            outputs=outputs,
-            scheduler_stats=scheduler_stats,
-            timestamp=self._now,
-            utility_output=utility_output,
-            weight_version=weight_version,
-        )
+        self._ended = {}

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ipc.output import EngineCoreEvent, FinishReason, PrefillStats
+from engine_core.prompt_logprobs import join_logprobs
+from ipc.output import EngineCoreEvent, FinishReason, LogprobsLists, PrefillStats
 from ipc.request import SamplingParams
 
 
@@ -48,7 +49,10 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the full blocks of `token_ids`, as far as they were needed."""
     num_published_blocks: int = 0
+    num_preemptions: int = 0
     slot: int = -1
+    prompt_logprobs: list[LogprobsLists] = field(default_factory=list)
+    """Of the prompt's positions computed so far, if they are wanted; until the first output."""
     events: list[EngineCoreEvent] = field(default_factory=list)
     """Not yet reported; they leave with the next output."""
     ending_token_ids: frozenset[int] = frozenset()
@@ -71,6 +75,18 @@ class Request:
         if num_output_tokens >= self.max_output_tokens:
             return FinishReason.LENGTH, None
         return None
+
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether every position of the prompt must be computed for it, cached or not."""
+        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+
+    def take_prompt_logprobs(self) -> LogprobsLists | None:
+        """Those of the whole prompt, with the first token only; None if they are not wanted."""
+        if not self.prompt_logprobs:
+            return None
+        parts, self.prompt_logprobs = self.prompt_logprobs, []
+        return join_logprobs(parts)
 
     def prefill_stats(self) -> PrefillStats | None:
         """How the prompt was computed; told with the first token only."""

@@ -18,7 +18,7 @@ Invariants
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine_core.batch import JoinedSequence, StepBatch
 from engine_core.block_pool import BlockPool
@@ -34,7 +34,7 @@ ADMISSION_HEADROOM = 0.01
 
 @dataclass(slots=True)
 class PrefixCacheCounters:
-    """Tokens looked up in the prefix cache and found there since the last report."""
+    """What was looked up in the prefix cache, and what was found there."""
 
     num_requests: int = 0
     num_queried_tokens: int = 0
@@ -66,7 +66,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.weight_epoch = 0
         self.num_preemptions = 0
+        self.num_computed_tokens = 0
         self.prefix_cache = PrefixCacheCounters()
+        self._reported = PrefixCacheCounters()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []
 
@@ -121,6 +123,7 @@ class Scheduler:
 
     def commit(self, step: ScheduledStep) -> None:
         """Account for an executed step: its tokens are in the cache now."""
+        self.num_computed_tokens += sum(step.batch.num_new_tokens)
         block_size = self.config.block_size
         for request, num_new in zip(step.requests, step.batch.num_new_tokens, strict=True):
             request.num_computed_tokens += num_new
@@ -198,8 +201,10 @@ class Scheduler:
         request.stage = Stage.PREEMPTED
         request.num_computed_tokens = 0
         request.block_hashes.clear()
+        request.prompt_logprobs.clear()
         request.events.append(EngineCoreEvent(EventType.PREEMPTED, now))
         self.waiting.push(request)
+        request.num_preemptions += 1
         self.num_preemptions += 1
 
     def _give_up_blocks(self, request: Request) -> tuple[int, int]:
@@ -214,7 +219,11 @@ class Scheduler:
 
     def _find_cached_prefix(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix; at least the last token is left to compute."""
-        if not self.config.enable_prefix_caching or request.sampling.skip_reading_prefix_cache:
+        if (
+            not self.config.enable_prefix_caching
+            or request.sampling.skip_reading_prefix_cache
+            or request.owes_prompt_logprobs
+        ):
             return []
         num_full = (len(request.token_ids) - 1) // self.config.block_size
         self._extend_hashes(request, num_full)
@@ -248,16 +257,17 @@ class Scheduler:
 
     def take_stats(self, step_counter: int) -> SchedulerStats:
         """How much there is to do now, and what the prefix cache gave since the last call."""
-        prefix_cache, self.prefix_cache = self.prefix_cache, PrefixCacheCounters()
+        now, before = self.prefix_cache, self._reported
+        self._reported = replace(now)
         return SchedulerStats(
             num_running_reqs=len(self.running),
             num_waiting_reqs=len(self.waiting),
             step_counter=step_counter,
             kv_cache_usage=1.0 - self.pool.num_available / self.pool.num_blocks,
             prefix_cache_stats=PrefixCacheStats(
-                requests=prefix_cache.num_requests,
-                queries=prefix_cache.num_queried_tokens,
-                hits=prefix_cache.num_hit_tokens,
+                requests=now.num_requests - before.num_requests,
+                queries=now.num_queried_tokens - before.num_queried_tokens,
+                hits=now.num_hit_tokens - before.num_hit_tokens,
             ),
         )
 

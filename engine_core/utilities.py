@@ -9,7 +9,14 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ipc.lifecycle import CAESURA_ABORT, CAESURA_STATUS, EngineStatus
+from ipc.lifecycle import (
+    CAESURA_ABORT,
+    CAESURA_REQUESTS,
+    CAESURA_STATUS,
+    EngineStatus,
+    LiveRequest,
+    LiveRequests,
+)
 from ipc.utility import UtilityCall, UtilityReply
 
 if TYPE_CHECKING:
@@ -40,6 +47,8 @@ class Utilities:
         try:
             if call.method == CAESURA_ABORT:
                 result = self._abort(client_index, call.args, outbox)
+            elif call.method == CAESURA_REQUESTS:
+                result = self._list_requests(client_index, *call.args)
             elif (method := self._methods.get(call.method)) is not None:
                 result = method(*call.args)
             else:
@@ -52,20 +61,35 @@ class Utilities:
 
     def status(self) -> EngineStatus:
         """The state of the engine, with a full check of its books."""
-        core = self._core
-        pool = core.scheduler.pool
+        core, scheduler = self._core, self._core.scheduler
+        pool = scheduler.pool
         return EngineStatus(
             state="running",
-            num_running=len(core.scheduler.running),
-            num_waiting=len(core.scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
             num_blocks=pool.num_blocks,
             num_free_blocks=pool.num_free,
             num_cached_blocks=pool.num_cached,
             num_steps=core.num_steps,
             weight_version=core.weight_version,
-            integrity_errors=tuple(core.scheduler.check_integrity()),
-            counters={**core.counters, "preemptions": core.scheduler.num_preemptions},
+            integrity_errors=tuple(scheduler.check_integrity()),
+            counters={
+                **core.counters,
+                "preemptions": scheduler.num_preemptions,
+                "tokens_computed": scheduler.num_computed_tokens,
+                "prefix_cache_queried_tokens": scheduler.prefix_cache.num_queried_tokens,
+                "prefix_cache_hit_tokens": scheduler.prefix_cache.num_hit_tokens,
+            },
         )
+
+    def _list_requests(self, client_index: int) -> object:
+        requests = {
+            request.request_id: LiveRequest(
+                request.stage.value, request.num_output_tokens, request.num_preemptions
+            )
+            for request in self._core.live_requests(client_index)
+        }
+        return LiveRequests(requests).to_wire()
 
     def _abort(self, client_index: int, args: tuple[object, ...], outbox: Outbox) -> object:
         match args:

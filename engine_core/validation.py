@@ -6,6 +6,9 @@ from engine_core.config import SchedulerConfig
 from engine_core.request import Request
 from ipc.request import EngineCoreRequest
 
+MAX_PROMPT_LOGPROBS = 2**23
+"""Most log-probabilities of one prompt, alternatives included: 64 MiB with their token ids."""
+
 
 class InvalidRequest(ValueError):
     """A request that this engine refuses; the message names the value and the remedy."""
@@ -55,6 +58,14 @@ def build_request(
                 f"allowed_token_ids={list(allowed)[:8]} has only stop tokens, which "
                 f"min_tokens={sampling.min_tokens} holds back; allow another token or drop "
                 f"min_tokens"
+            )
+    if (num_alternatives := sampling.prompt_logprobs) is not None:
+        num_columns = 1 + (num_alternatives if 0 <= num_alternatives < vocab_size else vocab_size)
+        if (num_entries := (len(prompt) - 1) * num_columns) > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequest(
+                f"prompt_logprobs={num_alternatives} of a prompt of {len(prompt)} tokens are "
+                f"{num_entries} log-probabilities, more than {MAX_PROMPT_LOGPROBS}; "
+                f"ask for fewer alternatives or shorten the prompt"
             )
     eos_token_ids = set() if sampling.eos_token_id is None else {sampling.eos_token_id}
     return Request(

@@ -28,10 +28,13 @@ from frontend.errors import (
     EngineDeadError,
     UtilityCallError,
 )
-from frontend.outputs import AbortCause, AbortReceipt, Terminal
+from frontend.metrics import Metrics
+from frontend.outputs import AbortCause, AbortReceipt, LiveRequest, Terminal
+from frontend.requests.admission import Admission
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.explicit_abort import ExplicitAborts, Selector
 from frontend.requests.intake import NewRequest, RequestIntake
+from frontend.requests.listing import list_requests
 from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
 from frontend.text.tokenizer import Tokenizer
@@ -61,17 +64,24 @@ class AsyncEngine:
         self._aborts = ExplicitAborts(dispatcher)
         self._thread_id = threading.get_ident()
         self._shutdown: asyncio.Task[None] | None = None
+        self._grace_is_over = asyncio.Event()
+        self._is_shut_down = False
         registrations = dispatcher.client.registrations
+        dispatcher.foreign_engines = {
+            rank for rank, peer in registrations.items() if peer.caesura_protocol is None
+        }
         self.max_model_len = min(peer.max_model_len for peer in registrations.values())
         self._intake = RequestIntake(
             dispatcher,
             tokenizer,
+            Admission(
+                max_num_queued_requests=config.max_num_queued_requests,
+                max_num_queued_tokens=config.max_num_queued_tokens,
+            ),
             max_model_len=self.max_model_len,
             stream_interval=config.stream_interval,
+            on_deadline=self._aborts.expire,
         )
-        self._aborts.foreign_engines = {
-            rank for rank, peer in registrations.items() if peer.caesura_protocol is None
-        }
 
     @classmethod
     async def start(cls, config: FrontendConfig) -> AsyncEngine:
@@ -127,42 +137,49 @@ class AsyncEngine:
         batch_id: str | None = None,
         priority: int = 0,
         tags: Sequence[str] = (),
+        timeout_s: float | None = None,
     ) -> RequestStream:
         """Accept a request and return its stream. Give either a text or token ids.
 
         `request_id` must not name a live request; `aliases` are further names for it, `batch_id` is
         a name that it shares with its siblings. A lower `priority` runs first. `tags` select
-        requests for an abort.
+        requests for an abort. At the age of `timeout_s` it is aborted, and returns what it has.
 
-        Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError or EngineDeadError;
-        then nothing was accepted. A long text is tokenized after acceptance, and turns out too long
-        by ending with `error`.
+        Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError, OverloadedError or
+        EngineDeadError; then nothing was accepted. A long text is tokenized after acceptance, and
+        turns out too long by ending with `error`.
         """
-        self._check_serving()
-        entry = self._intake.accept(
-            NewRequest(
-                prompt=prompt,
-                prompt_token_ids=prompt_token_ids,
-                sampling_params=sampling_params
-                if sampling_params is not None
-                else SamplingParams(),
-                request_id=request_id,
-                aliases=aliases,
-                batch_id=batch_id,
-                priority=priority,
-                tags=tags,
-            )
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        new = NewRequest(
+            prompt=prompt,
+            prompt_token_ids=prompt_token_ids,
+            sampling_params=sampling_params,
+            request_id=request_id,
+            aliases=aliases,
+            batch_id=batch_id,
+            priority=priority,
+            tags=tags,
+            timeout_s=timeout_s,
         )
-        return RequestStream(
-            entry.mailbox,
-            drop=partial(self._drop, entry.internal_id),
-            drop_later=partial(self._drop_later, entry.internal_id),
-        )
+        return self.accept([new])[0]
 
-    def _drop(self, internal_id: str) -> None:
+    def accept(self, requests: Sequence[NewRequest]) -> list[RequestStream]:
+        """`generate` for several requests that are accepted together or not at all."""
+        self._check_serving()
+        return [
+            RequestStream(
+                entry.mailbox,
+                drop=partial(self._drop, entry.internal_id),
+                drop_later=partial(self._drop_later, entry.internal_id),
+            )
+            for entry in self._intake.accept(requests)
+        ]
+
+    def _drop(self, internal_id: str, cause: AbortCause) -> None:
         """Drop a stream: at once on the loop's own thread, else as soon as it gets to it."""
         if threading.get_ident() == self._thread_id:
-            self._dispatcher.drop(internal_id)
+            self._dispatcher.drop(internal_id, cause)
         else:
             self._drop_later(internal_id)
 
@@ -201,7 +218,7 @@ class AsyncEngine:
         not answer rightly and in time is left out.
         """
         client = self._dispatcher.client
-        ranks = sorted(self._dispatcher.alive_engines - self._aborts.foreign_engines)
+        ranks = sorted(self._dispatcher.alive_engines - self._dispatcher.foreign_engines)
         calls = {rank: client.start_call(rank, CAESURA_STATUS) for rank in ranks}
         if calls:
             await asyncio.wait(calls.values(), timeout=timeout_s)
@@ -211,15 +228,37 @@ class AsyncEngine:
                 call.cancel()
                 continue
             try:
-                statuses[rank] = EngineStatus.from_wire(call.result())
+                status = statuses[rank] = EngineStatus.from_wire(call.result())
             except (UtilityCallError, EngineDeadError, WireError) as error:
                 logger.warning("engine %d did not tell its status: %s", rank, error)
+                continue
+            num_violations = status.counters.get("integrity_violations", 0)
+            self.metrics.on_integrity_violations(rank, num_violations)
         return statuses
+
+    async def list_requests(self) -> list[LiveRequest]:
+        """Every request that holds something, here or in an engine, in order of acceptance; those
+        that have ended here and that their engine has not yet let go come last.
+        """
+        return await list_requests(self._dispatcher)
+
+    @property
+    def metrics(self) -> Metrics:
+        return self._dispatcher.metrics
 
     @property
     def is_healthy(self) -> bool:
-        """Whether at least one engine can serve."""
+        """Whether at least one engine can serve, and the front end is not shut down."""
+        return not self._is_shut_down and bool(self._dispatcher.alive_engines)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that came now would be accepted."""
         return self._shutdown is None and bool(self._dispatcher.alive_engines)
+
+    @property
+    def alive_engines(self) -> frozenset[int]:
+        return frozenset(self._dispatcher.alive_engines)
 
     @property
     def served_model_name(self) -> str:
@@ -229,27 +268,41 @@ class AsyncEngine:
     def num_live_requests(self) -> int:
         return len(self._dispatcher.registry)
 
+    @property
+    def num_ending_requests(self) -> int:
+        """Those that have ended here and that their engine has not yet let go."""
+        return self._dispatcher.registry.num_ending
+
     def _check_serving(self) -> None:
         if self._shutdown is not None:
-            raise EngineDeadError("the engine was shut down")
+            raise EngineDeadError("the server is shutting down; send the request elsewhere")
         if not self._dispatcher.alive_engines:
             raise EngineDeadError("no engine is alive; restart the server")
 
-    async def shutdown(self) -> None:
-        """End all requests with what they have (cause `shutdown`), then all engines. Harmless to
-        repeat: every call returns when all of it is done, and giving one up stops nothing.
+    async def shutdown(self, grace_s: float = 0.0) -> None:
+        """Accept nothing more, let requests finish for so long, end the rest with what they have
+        (cause `shutdown`), then all engines.
+
+        Harmless to repeat, and a shorter grace then counts: every call returns when all of it is
+        done, and giving one up stops nothing.
         """
         if self._shutdown is None:
+            self._dispatcher.on_idle = self._grace_is_over.set
             self._shutdown = self._loop.create_task(self._shut_down())
+        if grace_s <= 0 or not self.num_live_requests:
+            self._grace_is_over.set()
+        else:
+            self._loop.call_later(grace_s, self._grace_is_over.set)
         await asyncio.shield(self._shutdown)
 
     async def _shut_down(self) -> None:
-        client = self._dispatcher.client
-        with contextlib.closing(client):  # Also when the loop itself is given up.
+        with contextlib.closing(self._dispatcher.client):  # Also when the loop itself is given up.
+            await self._grace_is_over.wait()
             pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
             await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
             terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
             self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
+            self._is_shut_down = True
             self._dispatcher.close()
             await self._loop.run_in_executor(None, self._supervisor.terminate)
 

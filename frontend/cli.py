@@ -1,7 +1,7 @@
 """The command line: `caesura serve [MODEL]`. Flags carry vLLM's names where vLLM has them.
 
 Whatever a user can cause is answered with one line. The status is 2 for a wrong flag or value, 1
-for a failed start, 130 where a second Ctrl-C cut a shutdown short or the first came too early for
+for a failed start, 130 where further Ctrl-Cs cut a shutdown short or the first came too early for
 one; a server that was asked to end and did ends with 0.
 """
 
@@ -10,15 +10,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from frontend.config import BUNDLED_MODEL_DIRECTORY, FrontendConfig, HttpConfig
 from frontend.errors import EngineStartupError
+from frontend.version import version
 from ipc.engine_config import EngineConfig
-from ipc.logs import configure_logging
+from ipc.logs import FORMAT_VARIABLE, LOG_FORMATS, configure_logging
 
 _PROGRAM = "caesura"
 _INTERRUPTED_STATUS = 130
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         engine = EngineConfig(**_fields_of(EngineConfig, flags))
         config = FrontendConfig(engine=engine, **_fields_of(FrontendConfig, flags))
         http = HttpConfig(**_fields_of(HttpConfig, flags))
+        if "log_format" in flags:
+            os.environ[FORMAT_VARIABLE] = flags["log_format"]  # For the engines too.
         configure_logging("launcher" if "headless" in flags else "frontend")
     except ValueError as error:
         return _fail(error, status=2)
@@ -84,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=_PROGRAM, description="An LLM serving engine.")
-    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser(
         "serve",
@@ -97,6 +100,8 @@ def _make_parser() -> argparse.ArgumentParser:
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"
     )
     _add_http_flags(serve.add_argument_group("HTTP server"))
+    _add_admission_flags(serve.add_argument_group("overload (refused with 503)"))
+    _add_log_flags(serve.add_argument_group("logs"))
     _add_engine_flags(serve.add_argument_group("each engine"))
     _add_deployment_flags(serve.add_argument_group("several engines"))
     return parser
@@ -106,13 +111,45 @@ def _add_http_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     group.add_argument("--port", type=int, help="port to listen on, 0 for any (default 8000)")
     group.add_argument("--uds", metavar="PATH", help="listen on a Unix socket instead")
-    group.add_argument("--api-key", metavar="KEY", help="demand this key of requests under /v1")
+    group.add_argument("--api-key", metavar="KEY", help="demand this key of clients")
+    group.add_argument(
+        "--admin-api-key", metavar="KEY", help="demand this one for control (default: --api-key)"
+    )
     group.add_argument(
         "--served-model-name", metavar="NAME", help="the model's name in the API (default MODEL)"
     )
+    for flag, what in (
+        ("--stream-interval", "tokens per delivery (default 1)"),
+        ("--max-body-bytes", "longest body of a request (default 64 MiB)"),
+        ("--max-connections", "open connections (default 16384)"),
+        ("--max-unread-tokens", "tokens that a slow reader may leave unread (default 4096)"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=what)
     group.add_argument(
-        "--stream-interval", type=int, metavar="N", help="tokens per delivery (default 1)"
+        "--shutdown-timeout",
+        dest="shutdown_timeout_s",
+        type=float,
+        metavar="S",
+        help="seconds that requests may still run at a shutdown (default 30)",
     )
+    group.add_argument(
+        "--strict-selectors",
+        action="store_true",
+        help="refuse an abort without a selector, which vLLM's API takes for all requests",
+    )
+
+
+def _add_admission_flags(group: argparse._ArgumentGroup) -> None:
+    for flag, what in (
+        ("--max-num-queued-requests", "requests that may wait for their first token"),
+        ("--max-num-queued-tokens", "prompt tokens that these may have together"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=f"{what} (default: no limit)")
+
+
+def _add_log_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log-format", choices=LOG_FORMATS, help="a line's form (default text)")
+    group.add_argument("--log-requests", action="store_true", help="log each request's end")
 
 
 def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
@@ -154,13 +191,6 @@ def _add_deployment_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--headless", action="store_true", help="start engines only; they dial that host and port"
     )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("caesura")
-    except importlib.metadata.PackageNotFoundError:
-        return "of a checkout that is not installed"
 
 
 if __name__ == "__main__":

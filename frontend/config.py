@@ -7,6 +7,7 @@ and the remedy.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,10 @@ class FrontendConfig:
     """The first rank that is started here; above 0 only without a front end (`--headless`)."""
     stream_interval: int = 1
     """Tokens between two deliveries of a stream; the first and the last always come at once."""
+    max_num_queued_requests: int | None = None
+    """How many requests may wait for their first token, over all engines; None is no limit."""
+    max_num_queued_tokens: int | None = None
+    """How many prompt tokens these may have together; None is no limit."""
     startup_timeout_s: float = 600.0
     """How long engines may take from their start until they are ready."""
 
@@ -47,9 +52,8 @@ class FrontendConfig:
             bundled = self.engine.model == str(BUNDLED_MODEL_DIRECTORY)
             name = BUNDLED_MODEL_NAME if bundled else self.engine.model
             object.__setattr__(self, "served_model_name", name)
-        for name in ("data_parallel_size", "stream_interval"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1")
+        _check_positive(self, "data_parallel_size", "stream_interval")
+        _check_positive(self, "max_num_queued_requests", "max_num_queued_tokens")
         if self.startup_timeout_s <= 0:
             raise ValueError(f"startup_timeout_s={self.startup_timeout_s!r} must be positive")
         if not 0 <= self.data_parallel_start_rank < self.data_parallel_size:
@@ -95,13 +99,50 @@ class HttpConfig:
     port: int = 8000
     uds: str | None = None
     """A Unix socket's path; takes the place of host and port."""
-    api_key: str | None = None
-    """If set, requests under /v1 must carry it as `Authorization: Bearer KEY`."""
+    api_key: str | None = field(default=None, repr=False)
+    """If set, all but probes and metrics must carry it as `Authorization: Bearer KEY`."""
+    admin_api_key: str | None = field(default=None, repr=False)
+    """If set, control routes need this key. If not, they need `api_key`; without any key they serve
+    this machine alone."""
+    max_body_bytes: int = 64 * 1024 * 1024
+    """Longer bodies are refused with 413."""
+    max_connections: int = 16384
+    """Open connections; further ones are turned away."""
+    max_unread_tokens: int = 4096
+    """A stream with more tokens than this that its client did not take ends as a slow reader."""
+    shutdown_timeout_s: float = 30.0
+    """How long running requests may take to end by themselves at a shutdown; 0 ends them at once.
+    """
+    strict_selectors: bool = False
+    """Refuse an empty selector also where vLLM's API takes it for all requests."""
+    log_requests: bool = False
+    """Log the end of each request."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(
                 f"port={self.port!r} is no TCP port; choose 1 to 65535, or 0 for any free one"
             )
-        if self.api_key is not None and not self.api_key:
-            raise ValueError("api_key='' would let nobody in; give a key or leave the flag out")
+        for name in ("api_key", "admin_api_key"):
+            _check_key(name, getattr(self, name))
+        _check_positive(self, "max_body_bytes", "max_connections", "max_unread_tokens")
+        if not 0 <= self.shutdown_timeout_s < math.inf:
+            raise ValueError(
+                f"shutdown_timeout_s={self.shutdown_timeout_s!r} is no number of seconds; "
+                f"choose 0 or more"
+            )
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+def _check_key(name: str, key: str | None) -> None:
+    """The message does not tell the key: it may end up in a log."""
+    if key == "":
+        raise ValueError(f"{name}='' would let nobody in; give a key or leave the flag out")
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"{name} cannot be sent in a header; use printable ASCII without spaces")

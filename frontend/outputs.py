@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ipc.output import OutputError
 
@@ -17,6 +17,12 @@ class AbortCause(StrEnum):
     EXPLICIT = "explicit"
     DROPPED_STREAM = "dropped_stream"
     STOP_STRING = "stop_string"
+    DEADLINE = "deadline"
+    """It reached the age that its caller set (`timeout_s`)."""
+    SLOW_READER = "slow_reader"
+    """Its client took so little of the output that too much of it waited."""
+    REFUSED = "refused"
+    """Another request of the same call could not be accepted."""
     SHUTDOWN = "shutdown"
     ENGINE_FAULT = "engine_fault"
     ENGINE = "engine"
@@ -46,10 +52,9 @@ class Terminal:
     error: OutputError | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """One event of a stream. `text`, `token_ids` and `logprobs` are what is new since the event
-    before.
+    before. A named tuple and no dataclass: one a token, and several times cheaper to make.
 
     The last event has `finish_reason` set, and nothing comes after it.
     """
@@ -66,6 +71,8 @@ class RequestOutput:
     stop_reason: int | str | None = None
     abort_cause: AbortCause | None = None
     error: OutputError | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """With the first event, if asked for: one for each prompt token but the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,31 @@ class RequestResult:
     stop_reason: int | str | None = None
     abort_cause: AbortCause | None = None
     error: OutputError | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+Stage = Literal["tokenizing", "waiting", "prefill", "decode", "preempted", "ending"]
+"""Where a request is. `ending`: it has ended here, and its engine has not yet said so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveRequest:
+    """A request that holds something, here or in an engine."""
+
+    request_id: str
+    aliases: tuple[str, ...] = ()
+    """Further names, that of its batch among them."""
+    tags: tuple[str, ...] = ()
+    stage: Stage
+    age_s: float
+    """Since it was accepted."""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    engine_index: int | None = None
+    priority: int = 0
+    aborting_cause: AbortCause | None = None
+    """Set while an abort is under way."""
+    aborting_for_s: float | None = None
 
 
 ReceiptStatus = Literal["aborted", "finished", "unknown", "pending", "engine_error"]

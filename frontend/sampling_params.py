@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ipc import sampling_params as wire
 
@@ -50,6 +51,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Alternatives to report for each sampled token; 0 is the sampled one alone, -1 all."""
+    prompt_logprobs: int | None = None
+    """Alternatives to report for each prompt token but the first; counted as in `logprobs`."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits, by token id."""
     allowed_token_ids: Sequence[int] | None = None
@@ -61,23 +64,23 @@ class SamplingParams:
     """False gives token ids only."""
 
     def __post_init__(self) -> None:
-        checked = wire.SamplingParams(**{name: getattr(self, name) for name in _FIELDS})
-        for name in _FIELDS:
-            object.__setattr__(self, name, getattr(checked, name))
+        given = self._given(_DEFAULTS)
+        for name, value in wire.check_fields(given).items():
+            if value is not given[name]:
+                object.__setattr__(self, name, value)
 
     def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Every token that ends this request as soon as it is sampled."""
         eos_ids = () if self.ignore_eos else eos_token_ids
         return frozenset((*eos_ids, *self.stop_token_ids))
 
-    def to_wire(
-        self, eos_token_ids: Sequence[int] = (), *, num_tokens_left: int
-    ) -> wire.SamplingParams:
-        """What an engine is sent.
+    def to_wire(self, eos_token_ids: Sequence[int] = (), *, num_tokens_left: int) -> bytes:
+        """What an engine is sent, encoded.
 
         `eos_token_ids` are the model's, its tokenizer's first: on that one an engine stops without
         naming a reason, the others are sent as stop tokens. `num_tokens_left` is the room between
-        the prompt and the end of the context; it bounds `max_tokens`.
+        the prompt and the end of the context; it bounds `max_tokens`. Raises ValueError if less
+        than `min_tokens` fit.
         """
         eos_id, other_eos_ids = None, eos_token_ids[1:]
         if self.ignore_eos:
@@ -85,13 +88,23 @@ class SamplingParams:
         elif eos_token_ids:
             eos_id = eos_token_ids[0]
         max_tokens = num_tokens_left if self.max_tokens is None else self.max_tokens
-        return wire.SamplingParams(
-            **{name: getattr(self, name) for name in _SENT_AS_THEY_ARE},
-            stop_token_ids=tuple(dict.fromkeys((*self.stop_token_ids, *other_eos_ids))),
-            max_tokens=min(max_tokens, num_tokens_left),
-            eos_token_id=eos_id,
-            all_stop_token_ids=frozenset((*eos_token_ids, *self.stop_token_ids)),
-        )
+        max_tokens = min(max_tokens, num_tokens_left)
+        wire.check_fields({"min_tokens": self.min_tokens, "max_tokens": max_tokens})
+        sent = self._given(_SENT_AS_THEY_ARE)
+        sent["stop_token_ids"] = tuple(dict.fromkeys((*self.stop_token_ids, *other_eos_ids)))
+        sent["max_tokens"] = max_tokens
+        sent["eos_token_id"] = eos_id
+        sent["all_stop_token_ids"] = frozenset((*eos_token_ids, *self.stop_token_ids))
+        sent["skip_reading_prefix_cache"] = self.prompt_logprobs is not None
+        return wire.encode_fields(sent)
+
+    def _given(self, defaults: Mapping[str, object]) -> dict[str, Any]:
+        """Those of the fields that are not left at their defaults, which are the wire's too."""
+        return {
+            name: value
+            for name, default in defaults.items()
+            if (value := getattr(self, name)) is not default
+        }
 
     @classmethod
     def from_sglang(cls, values: Mapping[str, object]) -> SamplingParams:
@@ -102,7 +115,7 @@ class SamplingParams:
         """
         fields: dict[str, object] = {"max_tokens": 128}
         for key, value in values.items():
-            if key not in _FROM_SGLANG and key not in _ONLY_SGLANG_DEFAULT:
+            if key not in (*_FROM_SGLANG, *_ONLY_SGLANG_DEFAULT, *_WITHOUT_EFFECT):
                 nearest = difflib.get_close_matches(key, _FROM_SGLANG, n=1, cutoff=0)[0]
                 raise ValueError(
                     f"unknown sampling parameter {key!r}; did you mean {nearest!r}? "
@@ -114,7 +127,7 @@ class SamplingParams:
                 continue
             elif key in _FROM_SGLANG:
                 fields[_FROM_SGLANG[key]] = value
-            elif value != _ONLY_SGLANG_DEFAULT[key]:
+            elif key in _ONLY_SGLANG_DEFAULT and value != _ONLY_SGLANG_DEFAULT[key]:
                 raise ValueError(
                     f"sampling parameter {key}={value!r} is not supported; "
                     + _REMEDIES.get(key, "leave it out")
@@ -134,13 +147,15 @@ def read_token_id(key: object) -> object:
     return int(key) if is_token_id else key  # type: ignore[call-overload]
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
 
 _KEPT = ("stop", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 """What an engine has no use for."""
-_SENT_AS_THEY_ARE = tuple(
-    name for name in _FIELDS if name not in (*_KEPT, "stop_token_ids", "max_tokens")
-)
+_SENT_AS_THEY_ARE = {
+    name: default
+    for name, default in _DEFAULTS.items()
+    if name not in (*_KEPT, "stop_token_ids", "max_tokens")
+}
 
 _SAME_NAME = (
     *("temperature", "top_p", "top_k", "min_p", "stop", "stop_token_ids", "ignore_eos"),
@@ -155,9 +170,10 @@ _FROM_SGLANG = {name: name for name in _SAME_NAME} | {
 }
 _ONLY_SGLANG_DEFAULT: dict[str, object] = {
     "n": 1,
-    "spaces_between_special_tokens": True,
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag")),
     **dict.fromkeys(("stop_regex", "custom_params", "stream_interval")),
 }
 """What SGLang knows besides, with the value that asks for nothing."""
+_WITHOUT_EFFECT = ("spaces_between_special_tokens",)
+"""Fast tokenizers, the only ones here, have no such thing."""
 _REMEDIES = {"n": "pass the prompt that many times"}

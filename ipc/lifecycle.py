@@ -1,7 +1,6 @@
-"""The payloads of Caesura's own utilities: receipts of aborts, and an engine's status.
+"""The payloads of Caesura's own utilities: receipts of aborts, an engine's status, its requests.
 
-They travel as arguments and results of utility calls, so their wire form is plain data, keyed by
-field name.
+They travel as results of utility calls, so their wire form is plain data, keyed by field name.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ CAESURA_ABORT = "caesura_abort"
 """Arguments: request ids, cause. Result: AbortReceipt."""
 CAESURA_STATUS = "caesura_status"
 """No arguments. Result: EngineStatus."""
+CAESURA_REQUESTS = "caesura_requests"
+"""No arguments. Result: LiveRequests, those of the calling client."""
 
 AbortStatus = Literal["aborted", "finished", "unknown", "pending", "engine_error"]
 
@@ -99,6 +100,10 @@ class EngineStatus:
     integrity_errors: tuple[str, ...] = ()
     """What `check_integrity` found wrong; empty is healthy."""
     counters: dict[str, int] = field(default_factory=dict)
+    """Since the engine started: requests_added, requests_refused, requests_aborted,
+    duplicate_ids_ignored, abort_frames, malformed_messages, integrity_violations, preemptions;
+    tokens_computed (run through the model, recomputed ones again), prefix_cache_queried_tokens (of
+    prompts) and, of these, prefix_cache_hit_tokens."""
 
     def to_wire(self) -> dict[str, object]:
         fields = {name: getattr(self, name) for name in self.__slots__}
@@ -128,4 +133,47 @@ class EngineStatus:
                 for name, count in counters.items()
             },
             **counts,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequest:
+    """A request that an engine has not ended yet."""
+
+    stage: str
+    """waiting, prefill, decode or preempted."""
+    num_output_tokens: int
+    num_preemptions: int = 0
+
+    def to_wire(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_wire(cls, value: object, path: str = "live_request") -> LiveRequest:
+        fields = expect.mapping(value, path)
+        return cls(
+            expect.text(fields.get("stage"), f"{path}.stage"),
+            expect.count(fields.get("num_output_tokens"), f"{path}.num_output_tokens"),
+            expect.count(fields.get("num_preemptions", 0), f"{path}.num_preemptions"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRequests:
+    """A client's live requests in one engine, by id, in order of arrival."""
+
+    requests: dict[str, LiveRequest] = field(default_factory=dict)
+
+    def to_wire(self) -> dict[str, object]:
+        return {request_id: request.to_wire() for request_id, request in self.requests.items()}
+
+    @classmethod
+    def from_wire(cls, value: object, path: str = "live_requests") -> LiveRequests:
+        return cls(
+            {
+                expect.text(request_id, path): LiveRequest.from_wire(
+                    request, f"{path}[{shorten(request_id)}]"
+                )
+                for request_id, request in expect.mapping(value, path).items()
+            }
         )

@@ -108,13 +108,16 @@ class EngineCoreOutputs:
     """The engine's monotonic clock, in seconds."""
     utility_output: UtilityReply | None = None
     finished_requests: Sequence[str] | None = None
-    """Ids that ended; vLLM's data-parallel balancer needs them."""
+    """Ids that ended and hold no blocks any more: vLLM's data-parallel balancer needs them, and
+    ours measures the way from a hang-up to freed blocks by them. A terminal output of such an id
+    stands in this frame or an earlier one (else a vllm-rs front end fails the stream)."""
     wave_complete: int | None = None
     start_wave: int | None = None
     weight_version: str | None = None
 
 
 _STREAMING_TAIL = tuple(EngineCoreOutput("")[2:])
+_STREAMING_TAIL_ENTRIES = list(_STREAMING_TAIL)
 _NUM_POSITIONS_OF_VLLM_032 = 18
 
 
@@ -215,24 +218,23 @@ def decode_outputs(frames: Frames) -> EngineCoreOutputs:
 
 def _rows_from_wire(rows: list[object], frames: Frames) -> list[EngineCoreOutput]:
     outputs = []
-    make, tail, tail_entries = tuple.__new__, _STREAMING_TAIL, list(_STREAMING_TAIL)
+    append, make, max_token_id = outputs.append, tuple.__new__, expect.MAX_TOKEN_ID
     for index, row in enumerate(rows):
         # Nearly every row only streams one token; the general path would cost ten times as much.
-        if type(row) is list and (
-            len(row) == 2 or (len(row) > 2 and row[2:] == tail_entries[: len(row) - 2])
-        ):
+        if type(row) is list and (len(row) == 2 or _is_streaming(row)):
             request_id, token_ids = row[0], row[1]
-            if (
-                type(request_id) is str
-                and type(token_ids) is list
-                and len(token_ids) == 1
-                and type(token_ids[0]) is int
-                and 0 <= token_ids[0] <= expect.MAX_TOKEN_ID
-            ):
-                outputs.append(make(EngineCoreOutput, (request_id, token_ids, *tail)))
-                continue
-        outputs.append(_row_from_wire(row, frames, f"outputs.outputs[{index}]"))
+            if type(request_id) is str and type(token_ids) is list and len(token_ids) == 1:
+                token_id = token_ids[0]
+                if type(token_id) is int and 0 <= token_id <= max_token_id:
+                    append(make(EngineCoreOutput, (request_id, token_ids, *_STREAMING_TAIL)))
+                    continue
+        append(_row_from_wire(row, frames, f"outputs.outputs[{index}]"))
     return outputs
+
+
+def _is_streaming(row: list[object]) -> bool:
+    """Whether a row written in full has tokens and nothing else."""
+    return len(row) > 2 and row[2:] == _STREAMING_TAIL_ENTRIES[: len(row) - 2]
 
 
 def _row_from_wire(value: object, frames: Frames, path: str) -> EngineCoreOutput:

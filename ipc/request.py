@@ -6,6 +6,7 @@ decodes whatever it asks for and the engine can refuse it by name.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,6 +83,33 @@ def encode_add(request: EngineCoreRequest) -> list[bytes]:
 
 
 _AFTER_SAMPLING_PARAMS = tuple(EngineCoreRequest.__slots__[4:])
+_PACKED_DEFAULTS = {
+    field.name: pack(field.default)
+    for field in dataclasses.fields(EngineCoreRequest)
+    if field.name in ("mm_features", *_AFTER_SAMPLING_PARAMS)
+}
+
+
+def encode_new(
+    *, request_id: str, prompt_token_ids: list[int], sampling_params: bytes, **others: object
+) -> list[bytes]:
+    """What `encode_add` returns for a request of these fields, at a fraction of its cost.
+
+    `sampling_params` is their map, encoded; `others` are fields behind it, by name.
+    """
+    assert others.keys() <= _PACKED_DEFAULTS.keys(), f"no such fields: {sorted(others)}"
+    packed = _PACKED_DEFAULTS | {name: pack(value) for name, value in others.items()}
+    body = b"".join(
+        (
+            b"\xdc\x00\x16",
+            pack(request_id),
+            pack(prompt_token_ids),
+            packed.pop("mm_features"),
+            sampling_params,
+            *packed.values(),
+        )
+    )
+    return [RequestType.ADD.frame, body]
 
 
 def decode_add(frames: Frames) -> EngineCoreRequest:

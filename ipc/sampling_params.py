@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from ipc import expect
 from ipc.codec import pack
@@ -57,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     """How many alternatives to each sampled token; -1 is the whole vocabulary."""
     prompt_logprobs: int | None = None
+    """How many alternatives to each token of the prompt but its first; -1 as in `logprobs`."""
     prompt_logprob_token_ids: object = None
     prompt_logprob_start: int | None = None
     logprob_token_ids: tuple[int, ...] | None = None
@@ -97,15 +99,7 @@ class SamplingParams:
             raise ValueError(str(error)) from None
         if self.skip_reading_prefix_cache is None:
             object.__setattr__(self, "skip_reading_prefix_cache", self.prompt_logprobs is not None)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens: {self.min_tokens} exceeds max_tokens {self.max_tokens}; "
-                "lower it or raise max_tokens"
-            )
-        if self.stop and not self.detokenize:
-            raise ValueError(
-                "stop: stop strings need the text; set detokenize=True or use stop_token_ids"
-            )
+        _check_together(self.min_tokens, self.max_tokens, self.stop, self.detokenize)
 
     @property
     def unsupported(self) -> tuple[str, ...]:
@@ -114,12 +108,7 @@ class SamplingParams:
 
     def to_wire(self) -> bytes:
         """The MessagePack map."""
-        entries = []
-        for name, key, default in _WIRE_FIELDS:
-            value = getattr(self, name)
-            if default is _ALWAYS or value != default:
-                entries.append(key + pack(sorted(value) if isinstance(value, frozenset) else value))
-        return b"\xde" + len(entries).to_bytes(2, "big") + b"".join(entries)
+        return encode_fields({name: getattr(self, name) for name in _CHECKS})
 
     @classmethod
     def from_wire(cls, value: object, path: str = "sampling_params") -> SamplingParams:
@@ -130,6 +119,54 @@ class SamplingParams:
             return cls(**known)  # type: ignore[arg-type]  # __post_init__ checks every field
         except ValueError as error:
             raise WireError(f"{path}.{error}") from None
+
+
+def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Check some fields of a `SamplingParams`, all others being at their defaults; returns them in
+    the types that it holds. Raises ValueError as it does.
+
+    With `encode_fields`, a sender needs no object of forty fields for each request.
+    """
+    try:
+        checked: dict[str, Any] = {
+            name: _CHECKS[name](value, name) for name, value in fields.items()
+        }
+    except WireError as error:
+        raise ValueError(str(error)) from None
+    _check_together(
+        checked.get("min_tokens", 0),
+        checked.get("max_tokens"),
+        checked.get("stop", ()),
+        checked.get("detokenize", True),
+    )
+    return checked
+
+
+def encode_fields(fields: Mapping[str, Any]) -> bytes:
+    """The MessagePack map of a `SamplingParams` with these checked fields, and defaults."""
+    entries = []
+    for name, key, default, always in _WIRE_FIELDS:
+        if name in fields:
+            value = fields[name]
+            if always or value != default:
+                entries.append(key + pack(sorted(value) if isinstance(value, frozenset) else value))
+        elif always:
+            entries.append(key + _PACKED_ALWAYS[name])
+    return b"\xde" + len(entries).to_bytes(2, "big") + b"".join(entries)
+
+
+def _check_together(
+    min_tokens: int, max_tokens: int | None, stop: tuple[str, ...], detokenize: bool
+) -> None:
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise ValueError(
+            f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}; "
+            "lower it or raise max_tokens"
+        )
+    if stop and not detokenize:
+        raise ValueError(
+            "stop: stop strings need the text; set detokenize=True or use stop_token_ids"
+        )
 
 
 def _between(low: float, high: float = float("inf"), *, above_low: bool = False) -> expect.Check:
@@ -243,7 +280,6 @@ _CHECKED_FIELDS = tuple(
 )
 
 _UNSUPPORTED = (
-    "prompt_logprobs",
     "prompt_logprob_token_ids",
     "logprob_token_ids",
     "structured_outputs",
@@ -258,9 +294,9 @@ _PRIVATE = ("eos_token_id", "all_stop_token_ids", "watermarking_skipped", "bad_w
 _NAMES: dict[object, str] = {("_" + name if name in _PRIVATE else name): name for name in _CHECKS}
 
 # vLLM's constructor moves these four off their defaults, so they always appear.
-_ALWAYS = object()
 _ALWAYS_WRITTEN = ("stop", "stop_token_ids", "bad_words", "skip_reading_prefix_cache")
+_PACKED_ALWAYS = {name: pack(getattr(SamplingParams(), name)) for name in _ALWAYS_WRITTEN}
 _WIRE_FIELDS = tuple(
-    (field.name, pack(key), _ALWAYS if field.name in _ALWAYS_WRITTEN else field.default)
+    (field.name, pack(key), field.default, field.name in _ALWAYS_WRITTEN)
     for key, field in zip(_NAMES, dataclasses.fields(SamplingParams), strict=True)
 )

@@ -4,7 +4,8 @@ The step's tokens lie flat in one tensor, sequences one after the other, rows th
 each) first. Keys and values of the step are written to the paged cache before attention reads it,
 so a chunk of a prompt attends to all earlier chunks through the cache.
 
-Shapes: T tokens of the step, R rows, S rows that sample, H hidden size, D head size, V vocabulary.
+Shapes: T tokens of the step, R rows, S tokens whose final states are wanted, H hidden size, D head
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class StepInputs:
     """[R - num_decode_rows + 1] int32: first token of each further row, counted from theirs."""
     max_prefill_len: int
     """Most tokens of a further row; 0 when there is none."""
-    logits_indices: Tensor | None
-    """[S] int64: tokens whose logits are wanted; None for all."""
+    wanted_tokens: Tensor | None
+    """[S] int64: tokens whose final states are wanted; None for all."""
 
 
 class Decoder:
@@ -69,7 +70,7 @@ class Decoder:
 
     def forward(self, step: StepInputs, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Write the step's keys and values to the cache (a pair of tensors a layer), and compute
-        the logits that are asked for: [S, V] float32.
+        the final states that are asked for: [S, H].
         """
         residual = F.embedding(step.token_ids, self._embedding)  # [T, H]
         eps = self.config.rms_norm_eps
@@ -80,10 +81,14 @@ class Decoder:
             x = layer.attend(x, step, kv_cache[index], self._cos_sin)
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = layer.feed_forward(x)
-        if step.logits_indices is not None:
-            x, residual = x[step.logits_indices], residual[step.logits_indices]
+        if step.wanted_tokens is not None:
+            x, residual = x[step.wanted_tokens], residual[step.wanted_tokens]
         x, _ = ops.add_rms_norm(x, residual, self._norm, eps)
-        return self._lm_head(x).float()
+        return x
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of the tokens behind some final states: [S, H] -> [S, V] float32."""
+        return self._lm_head(states).float()
 
 
 class _Layer:

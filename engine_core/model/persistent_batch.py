@@ -7,11 +7,13 @@ Invariants
 - `tokens[slot, :n]` are the sequence's known tokens, sampled ones included; what stands behind
   them is stale and never read.
 - In a step's tensors, rows of one token come before longer ones (each kind has its own attention
-  kernel); logits come in the order of the batch's rows all the same.
+  kernel); final states come in the order of the batch's rows all the same: those that sample
+  first, then the spans of prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from engine_core.batch import StepBatch
 from engine_core.model.decoder import StepInputs
+from engine_core.prompt_logprobs import PromptSpan
 
 Integers = NDArray[np.int64]
 
@@ -63,7 +66,7 @@ class PersistentBatch:
         """Append the tokens that a step sampled, one a slot."""
         self._tokens[slots, positions] = token_ids
 
-    def prepare(self, batch: StepBatch) -> PreparedStep:
+    def prepare(self, batch: StepBatch, spans: Sequence[PromptSpan] = ()) -> PreparedStep:
         """Gather the tensors of a step that has at least one row."""
         slots = np.array(batch.slots)
         num_new = np.array(batch.num_new_tokens)
@@ -84,6 +87,13 @@ class PersistentBatch:
         last_tokens = np.empty_like(stops)
         last_tokens[order] = stops - 1
         wants_all = num_tokens == len(slots) and bool(samples.all())
+        wanted = last_tokens[samples]
+        if spans:
+            first_tokens = last_tokens - num_new + 1
+            of_spans = (
+                first_tokens[span.row] + np.arange(len(span.next_token_ids)) for span in spans
+            )
+            wanted = np.concatenate((wanted, *of_spans))
 
         prefill_start_loc = stops[num_decode_rows - 1 :] if num_decode_rows else np.append(0, stops)
         inputs = StepInputs(
@@ -96,7 +106,7 @@ class PersistentBatch:
             prefill_start_loc=self._tensor((prefill_start_loc - num_decode_rows).astype(np.int32)),
             max_prefill_len=int(row_lens.max()) if num_decode_rows < len(slots) else 0,
             # Rows of one token that all sample are in the batch's order as they are.
-            logits_indices=None if wants_all else self._tensor(last_tokens[samples]),
+            wanted_tokens=None if wants_all else self._tensor(wanted),
         )
         return PreparedStep(inputs, slots[samples], ends[samples])
 

@@ -3,13 +3,15 @@
 Invariants
 - A step runs from start to end inside `execute`: when it returns, the step's keys and values are in
   the cache and its tokens are appended, so blocks may change hands before the next step.
-- Only rows that sample pay for logits.
+- Only rows that sample, and prompts that asked for log-probabilities, pay for logits; of prompts
+  no more than `_MAX_PROMPT_LOGITS` are in memory at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,13 @@ from engine_core.batch import JoinedSequence, StepBatch, StepResult
 from engine_core.model.decoder import Decoder
 from engine_core.model.persistent_batch import PersistentBatch
 from engine_core.model.sampler import Sampler
+from engine_core.model.sampling_ops import gather_logprobs
+from engine_core.prompt_logprobs import OwedPromptLogprobs, PromptSpan, join_logprobs
+from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
+
+_MAX_PROMPT_LOGITS = 2**24
+"""Logits of one chunk of a prompt's positions: 64 MiB, and as much again for their logarithms."""
 
 
 class TorchModelRunner:
@@ -41,6 +49,7 @@ class TorchModelRunner:
         self._device = keys.device
         self._batch = PersistentBatch(max_num_seqs, max_model_len, keys.shape[2], keys.device)
         self._sampler = Sampler(max_num_seqs, self.vocab_size, keys.device, seed)
+        self._owed_prompt_logprobs = OwedPromptLogprobs(self.vocab_size)
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> StepResult:
@@ -48,18 +57,45 @@ class TorchModelRunner:
         self._batch.update(batch)
         for sequence in batch.joined:
             self._sampler.join(sequence)
+        spans = self._owed_prompt_logprobs.take_spans(batch)
         if not batch.slots:
             return StepResult([])
-        step = self._batch.prepare(batch)
-        logits = self._model.forward(step.inputs, self._kv_cache)
+        step = self._batch.prepare(batch, spans)
+        states = self._model.forward(step.inputs, self._kv_cache)
         slots, positions = step.sampled_slots, step.sampled_positions
+        of_prompts = self._judge_prompts(states[len(slots) :], spans) if spans else {}
         if not len(slots):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            return StepResult([])
+            return StepResult([], prompt_logprobs=of_prompts)
+        logits = self._model.logits(states[: len(slots)])
         token_ids, logprobs = self._sampler.sample(logits, slots, positions)
         self._batch.append_tokens(slots, positions, token_ids)
-        return StepResult(token_ids.tolist(), logprobs)
+        return StepResult(token_ids.tolist(), logprobs, of_prompts)
+
+    def _judge_prompts(
+        self, states: Tensor, spans: Sequence[PromptSpan]
+    ) -> dict[int, LogprobsLists]:
+        """By slot, the log-probabilities of the prompts' next tokens; `states` [P, H] are those of
+        the spans, one after the other.
+        """
+        of_spans = torch.split(states, [len(span.next_token_ids) for span in spans])
+        return {
+            span.slot: self._judge_span(states, span)
+            for states, span in zip(of_spans, spans, strict=True)
+        }
+
+    def _judge_span(self, states: Tensor, span: PromptSpan) -> LogprobsLists:
+        """[positions, H] -> arrays of as many positions."""
+        num_rows = max(1, _MAX_PROMPT_LOGITS // self.vocab_size)
+        next_tokens = torch.tensor(span.next_token_ids, dtype=torch.int64, device=self._device)
+        chunks = zip(torch.split(states, num_rows), torch.split(next_tokens, num_rows), strict=True)
+        parts = []
+        for some, tokens in chunks:
+            gathered = gather_logprobs(self._model.logits(some), tokens, span.num_alternatives)
+            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+            parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
+        return join_logprobs(parts)
 
     def warm_up(self, num_tokens: int) -> None:
         """Run a prompt of `num_tokens` and a decode behind it in slot 0, which must be free.

@@ -45,6 +45,9 @@ class EngineEvents(Protocol):
     def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
         """A frame with request outputs, statistics or both."""
 
+    def on_turn_end(self) -> None:
+        """Everything that had arrived from an engine was handed over, for now."""
+
     def on_bad_frame(self, rank: int, error: WireError) -> None:
         """A frame that could not be decoded: whatever it said is lost."""
 
@@ -139,7 +142,9 @@ class EngineClient:
 
     def _open_engine(self, rank: int) -> _Engine:
         socket = sockets.bind_pull(self._context, self._address(f"output-{rank}"))
-        reader = SocketReader(self._loop, socket, partial(self._on_output, rank))
+        reader = SocketReader(
+            self._loop, socket, partial(self._on_output, rank), self._events.on_turn_end
+        )
         monitor = SocketReader(
             self._loop,
             socket.get_monitor_socket(_CONNECTION_EVENTS),
@@ -255,7 +260,7 @@ class EngineClient:
             return
         if outputs.utility_output is not None:
             self._finish_call(rank, outputs.utility_output)
-        if outputs.outputs or outputs.scheduler_stats is not None:
+        if outputs.outputs or outputs.finished_requests or outputs.scheduler_stats is not None:
             self._events.on_outputs(rank, outputs)
 
     def _on_connection_event(self, rank: int, frames: list[bytes]) -> None:

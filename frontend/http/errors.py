@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-
-from starlette.responses import Response
+from collections.abc import Sequence
 
 from frontend.errors import (
     CALLERS_FAULTS,
     CONTEXT_LENGTH_EXCEEDED,
+    OVERLOADED,
     EngineDeadError,
     InvalidRequestError,
+    OverloadedError,
     PromptTooLongError,
+    ShuttingDownError,
 )
-from frontend.outputs import AbortCause, RequestOutput, RequestResult
+from frontend.http.exchange import Exchange
+from frontend.outputs import AbortCause, RequestOutput
 
 RETRY_AFTER_S = 1
 
@@ -22,12 +25,19 @@ class ApiError(Exception):
     """A request that is answered with an error. `param` names the field that is to blame."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
 
     def body(self) -> bytes:
         """The JSON object of OpenAI's API."""
@@ -42,31 +52,47 @@ class ApiError(Exception):
             }
         ).encode()
 
-    def response(self) -> Response:
-        headers = {"retry-after": str(RETRY_AFTER_S)} if self.status == 503 else None
-        return Response(self.body(), self.status, headers, media_type="application/json")
+    def answer(self, exchange: Exchange, body: bytes | None = None) -> None:
+        """Send it, in a dialect's own shape if `body` is given."""
+        headers = list(self.headers)
+        if self.status == 503:
+            headers.append(("retry-after", str(RETRY_AFTER_S)))
+        if self.status == 401:
+            headers.append(("www-authenticate", "Bearer"))
+        exchange.respond(self.status, self.body() if body is None else body, headers=headers)
 
 
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
+    429: "invalid_request_error",
+    431: "invalid_request_error",
     503: "service_unavailable",
 }
 
 
-def from_exception(error: InvalidRequestError | EngineDeadError) -> ApiError:
-    """What `AsyncEngine.generate` raised."""
+RequestRefusal = InvalidRequestError | OverloadedError | EngineDeadError
+"""What accepting a request raises."""
+
+
+def from_exception(error: RequestRefusal) -> ApiError:
+    """What `AsyncEngine.accept` raised."""
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error))
-    return ApiError(503, str(error), code="engine_dead")
+    if isinstance(error, OverloadedError):
+        return ApiError(503, str(error), code=OVERLOADED)
+    code = "shutdown" if isinstance(error, ShuttingDownError) else "engine_dead"
+    return ApiError(503, str(error), code=code)
 
 
-def from_terminal(output: RequestOutput | RequestResult) -> ApiError | None:
+def from_terminal(output: RequestOutput) -> ApiError | None:
     """The error that a request ended with; None for an end that is a success, also by an abort."""
     if output.abort_cause is AbortCause.SHUTDOWN:
         return ApiError(503, "the server is shutting down; send the request again", code="shutdown")
@@ -79,3 +105,12 @@ def from_terminal(output: RequestOutput | RequestResult) -> ApiError | None:
         status = 400
     param = "prompt" if output.error.code == CONTEXT_LENGTH_EXCEEDED else None
     return ApiError(status, output.error.message, param=param, code=output.error.code)
+
+
+def slow_reader(num_unread_tokens: int, limit: int) -> ApiError:
+    return ApiError(
+        503,
+        f"{num_unread_tokens} tokens waited for the client to read them, and the limit is "
+        f"max_unread_tokens={limit}; read faster, or ask for fewer tokens",
+        code="slow_reader",
+    )

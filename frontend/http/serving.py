@@ -2,8 +2,9 @@
 
 Invariants
 - The port is taken before the engines start, so that a port in use is told at once.
-- The first SIGINT or SIGTERM ends all requests, each with an answer, then the engines, then the
-  server; the second one ends the process at once, and the engines with it.
+- The first SIGINT or SIGTERM stops admission and lets requests finish for a while; then, or at the
+  second signal, all requests end, each with an answer and told to its engine, then the engines,
+  then the server. The third signal ends the process at once, and the engines with it.
 """
 
 from __future__ import annotations
@@ -11,40 +12,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import uvicorn
 
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
-from frontend.http.server import create_app
+from frontend.http.server import HttpServer
 from ipc.sockets import remove_private_directories
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALIVE_S = 65
-"""Longer than the usual 60 s of load balancers, so that they are the ones to close."""
-_GRACE_S = 5
-_BACKLOG = 4096
 _INTERRUPTED_STATUS = 130
+_GC_THRESHOLDS = (20_000, 50, 100)
+"""A server makes thousands of objects a second and hardly any cycles."""
 
 
 async def serve(config: FrontendConfig, http: HttpConfig) -> None:
     """Serve until a signal comes. Raises OSError, ValueError or EngineStartupError if it cannot."""
     with _listener(http) as listener:
-        stop = _stop_on_signals()
+        stop = StopSignal()
+        stop.install()
         _log_start(config)
         starting = asyncio.create_task(AsyncEngine.start(config))
-        events: set[asyncio.Future[Any]] = {starting, stop}
-        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
-        if stop.done():
+        stopping = asyncio.create_task(stop.requested.wait())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
             starting.cancel()
+        stopping.cancel()
         try:
             engine = await starting
         except asyncio.CancelledError:
@@ -63,58 +62,52 @@ def _log_start(config: FrontendConfig) -> None:
 
 
 async def serve_on(
-    listener: socket.socket, engine: AsyncEngine, http: HttpConfig, stop: asyncio.Future[None]
+    listener: socket.socket, engine: AsyncEngine, http: HttpConfig, stop: StopSignal
 ) -> None:
-    """Serve a started engine until `stop` is done; then end its requests, it and the server."""
-    server = _Server(
-        uvicorn.Config(
-            create_app(engine, http.api_key),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            backlog=_BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-    )
-    listener.listen(_BACKLOG)  # From here on connections wait to be accepted, none is refused.
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    """Serve a started engine until told to stop; then end its requests, it and the server."""
+    server = await HttpServer.start(listener, engine, http)
+    gc.freeze()  # What is here now stays: later collections need not look at it.
+    gc.set_threshold(*_GC_THRESHOLDS)
     logger.info("serving %s at %s", engine.served_model_name, _url(listener))
-    await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
-    # Requests end while the server still runs, so that each one's answer goes out.
-    logger.info("shutting down: %d requests are running", engine.num_live_requests)
+    await stop.requested.wait()
+    if num_live := engine.num_live_requests:
+        logger.info(
+            "shutting down: %d requests may finish within %g s; a second signal ends them now",
+            num_live,
+            http.shutdown_timeout_s,
+        )
+    # Meanwhile connections are served, so that every answer goes out, probes learn that this server
+    # is not ready, and an abort can shorten the wait.
+    ending = asyncio.create_task(engine.shutdown(http.shutdown_timeout_s))
+    hurry = asyncio.create_task(stop.hurried.wait())
+    await asyncio.wait({ending, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
     await engine.shutdown()
-    server.should_exit = True
-    await serving
+    await server.close()
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals are ours."""
-        yield
+class StopSignal:
+    """A request to stop, which may become urgent."""
 
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.hurried = asyncio.Event()
 
-def _stop_on_signals() -> asyncio.Future[None]:
-    """Done when a signal asks to stop."""
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
+    def stop(self) -> None:
+        """Stop, and the second time: now."""
+        (self.hurried if self.requested.is_set() else self.requested).set()
 
-    def on_signal() -> None:
-        if stop.done():
-            remove_private_directories()
-            os._exit(_INTERRUPTED_STATUS)
-        stop.set_result(None)
+    def install(self) -> None:
+        """Let SIGINT and SIGTERM ask. The third one ends the process on the spot."""
 
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_number, on_signal)
-    return stop
+        def on_signal() -> None:
+            if self.hurried.is_set():
+                remove_private_directories()
+                os._exit(_INTERRUPTED_STATUS)
+            self.stop()
+
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
 
 
 @contextlib.contextmanager

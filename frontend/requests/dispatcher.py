@@ -8,6 +8,8 @@ only calls these methods; none awaits.
 Invariants
 - `_end` is the one place where a live request ends: it leaves the registry and its mailbox gets
   its terminal.
+- Tokens that arrive in one turn of the event loop become text together, at the end of the turn:
+  under a backlog the cost is per turn, not per token.
 - Outputs of requests that ended here are discarded before any detokenizing.
 - Requests that end here while their engine runs them are aborted there, by way of the abort queue.
 - One engine's fault ends only that engine's requests.
@@ -17,10 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 
-from frontend.engines.engine_client import CLIENT_INDEX, EngineClient
+from frontend.engines.engine_client import EngineClient
 from frontend.errors import EngineDeadError
-from frontend.outputs import AbortCause, FinishReasonName, Terminal
+from frontend.metrics import Metrics
+from frontend.outputs import AbortCause, FinishReasonName, Stage, Terminal, TokenLogprobs
 from frontend.requests.abort_queue import AbortQueue
 from frontend.requests.balancer import Balancer
 from frontend.requests.logprobs import token_logprobs
@@ -28,7 +32,6 @@ from frontend.requests.registry import Entry, RequestRegistry
 from ipc.abort import encode_abort
 from ipc.errors import WireError
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, OutputError
-from ipc.request import EngineCoreRequest, SamplingParams, encode_add
 
 logger = logging.getLogger(__name__)
 
@@ -51,39 +54,30 @@ class Dispatcher:
         """Must be created inside the event loop; `client` is set before the first request."""
         self.client: EngineClient
         self.registry = RequestRegistry(num_engines)
+        self.metrics = Metrics()
         self.alive_engines = set(range(num_engines))
+        self.foreign_engines: set[int] = set()
+        """Engines that are plain vLLM: they do not say when an aborted request has left them."""
         self.is_closing = False
+        self.on_idle: Callable[[], None] | None = None
+        """Called when the last live request has ended."""
+        self.request_log_level = logging.DEBUG
+        """At which each request's end is logged."""
         self._loop = asyncio.get_running_loop()
         self._balancer = Balancer(num_engines)
         self._abort_queue = AbortQueue()
         self._flush_timer: asyncio.TimerHandle | None = None
+        self._with_unprocessed: list[Entry] = []
 
     # -- from clients --------------------------------------------------------------------------
 
-    def send(
-        self,
-        entry: Entry,
-        prompt_token_ids: list[int],
-        sampling_params: SamplingParams,
-        *,
-        priority: int,
-        arrival_time_s: float,
-    ) -> None:
+    def send(self, entry: Entry) -> None:
         """Hand a live request to an engine. Raises EngineDeadError if there is none.
 
         An engine that turns out to be gone ends as any dead engine does, and the next one is asked.
         """
-        frames = encode_add(
-            EngineCoreRequest(
-                request_id=entry.internal_id,
-                prompt_token_ids=prompt_token_ids,
-                sampling_params=sampling_params,
-                arrival_time=arrival_time_s,
-                client_index=CLIENT_INDEX,
-                priority=priority,
-                external_req_id=entry.request_id,
-            )
-        )
+        frames, entry.add_frames = entry.add_frames, ()
+        prompt_token_ids = entry.mailbox.prompt_token_ids
         while self.alive_engines:
             engine_index = self._balancer.choose(
                 prompt_token_ids, self.registry.num_in_flight, sorted(self.alive_engines)
@@ -94,17 +88,20 @@ class Dispatcher:
                 self.on_engine_dead(engine_index, str(error))
                 continue
             self.registry.mark_sent(entry, engine_index)
-            entry.mailbox.num_prompt_tokens = len(prompt_token_ids)
             return
         raise EngineDeadError("no engine is alive")
 
-    def drop(self, internal_id: str) -> None:
+    def drop(self, internal_id: str, cause: AbortCause = AbortCause.DROPPED_STREAM) -> None:
         """The client let go of its stream. Nothing happens if the request has ended."""
         entry = self.registry.get(internal_id)
-        if entry is None:
-            return
-        cause = AbortCause.DROPPED_STREAM
-        self._end(entry, Terminal("abort", abort_cause=cause), abort_in_engine=cause)
+        if entry is not None:
+            self._end(entry, Terminal("abort", abort_cause=cause), abort_in_engine=cause)
+
+    def take_back(self, entry: Entry) -> None:
+        """Undo an acceptance that nobody was told of; an engine that knows already is told."""
+        entry.leave_queue()
+        if self.registry.remove_running(entry, AbortCause.REFUSED, self._loop.time()):
+            self._queue_abort(entry.internal_id, AbortCause.REFUSED)
 
     def end_unsent(self, entry: Entry, terminal: Terminal) -> None:
         """End a request that no engine knows. Nothing happens if it has ended."""
@@ -119,6 +116,7 @@ class Dispatcher:
         it. The terminal names the cause.
         """
         assert terminal.abort_cause is not None
+        self.on_turn_end()
         for entry in entries:
             self._end(entry, terminal, abort_in_engine=terminal.abort_cause)
         self.flush_aborts()
@@ -126,16 +124,51 @@ class Dispatcher:
     # -- from engines --------------------------------------------------------------------------
 
     def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
+        live = self.registry.get
         for output in outputs.outputs:
-            entry = self.registry.get(output.request_id)
-            if entry is None:
-                if output.finish_reason is not None:
-                    self.registry.end_orphan(output.request_id, rank)
-            elif entry.engine_index == rank:  # An engine has a say in its own requests only.
+            entry = live(output.request_id)
+            if entry is None or entry.engine_index != rank:
+                self._note_stray(rank, output)
+            elif (
+                output.finish_reason is None
+                and output.new_logprobs is None
+                and output.prefill_stats is None
+                and output.events is None
+            ):
+                if not entry.unprocessed:
+                    self._with_unprocessed.append(entry)
+                entry.unprocessed += output.new_token_ids
+            else:
                 self._deliver(entry, output)
+        for internal_id in outputs.finished_requests or ():
+            self._note_left(rank, internal_id)
         stats = outputs.scheduler_stats
         if stats is not None:
             self._balancer.report(rank, stats.num_running_reqs + stats.num_waiting_reqs)
+            self.metrics.on_scheduler_stats(rank, stats)
+
+    def on_turn_end(self) -> None:
+        """What had arrived is read; deliver it."""
+        entries, self._with_unprocessed = self._with_unprocessed, []
+        now = self._loop.time()
+        for entry in entries:
+            if entry.unprocessed and entry.terminal is None:
+                self._process(entry, entry.unprocessed, now)
+
+    def _note_stray(self, rank: int, output: EngineCoreOutput) -> None:
+        """News of a request that is not live here, or not this engine's."""
+        if self.registry.get_ending(output.request_id, rank) is not None:
+            self.metrics.on_wasted_tokens(len(output.new_token_ids))
+            if output.finish_reason is not None:
+                self._note_left(rank, output.request_id)
+
+    def _note_left(self, rank: int, internal_id: str) -> None:
+        """An engine no longer runs a request; its blocks are free."""
+        ending = self.registry.get_ending(internal_id, rank)
+        if ending is not None:
+            if ending.cause is AbortCause.DROPPED_STREAM:
+                self.metrics.on_freed(self._loop.time() - ending.ended_s)
+            self.registry.end(internal_id)
 
     def on_bad_frame(self, rank: int, error: WireError) -> None:
         """What the frame said is lost, so none of this engine's requests can end rightly."""
@@ -150,6 +183,7 @@ class Dispatcher:
         """End this engine's requests, each with what it has; the other engines go on."""
         if rank not in self.alive_engines:
             return
+        self.on_turn_end()
         self.alive_engines.discard(rank)
         self.client.disconnect(rank, reason)
         entries = self.registry.select(lambda entry: entry.engine_index == rank)
@@ -157,29 +191,65 @@ class Dispatcher:
         fault = OutputError("engine_dead", reason.splitlines()[0], True)
         for entry in entries:
             self._end(entry, Terminal("error", error=fault))
-        self.registry.forget_orphans(rank)
+        self.registry.end_all_of(rank)
 
     def _deliver(self, entry: Entry, output: EngineCoreOutput) -> None:
-        assert entry.processor is not None
-        is_finished = output.finish_reason is not None
+        """An output that is more than tokens of a running request."""
+        mailbox, now = entry.mailbox, self._loop.time()
         if output.prefill_stats is not None:
-            entry.mailbox.num_cached_tokens = output.prefill_stats.num_cached_tokens
-        delta = entry.processor.process(output.new_token_ids, is_finished)
-        num_tokens = delta.num_tokens_used
-        entry.num_output_tokens += num_tokens
-        if num_tokens or delta.text:
-            entry.mailbox.put(
-                delta.text,
-                output.new_token_ids[:num_tokens],
-                token_logprobs(output.new_logprobs, num_tokens) if output.new_logprobs else (),
+            mailbox.num_cached_tokens = output.prefill_stats.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            prompt_logprobs = output.prompt_logprobs
+            mailbox.prompt_logprobs = tuple(
+                token_logprobs(prompt_logprobs, len(prompt_logprobs.ranks))
             )
+        if output.events is not None:
+            self.metrics.on_events(output.events)
+        reason, token_ids = output.finish_reason, [*entry.unprocessed, *output.new_token_ids]
+        logprobs: Sequence[TokenLogprobs] = ()
+        if output.new_logprobs is not None:
+            logprobs = token_logprobs(output.new_logprobs, len(output.new_token_ids))
+        goes_on = self._process(entry, token_ids, now, logprobs, is_finished=reason is not None)
+        if goes_on and reason is not None:
+            self._end(entry, _terminal(output, reason, entry.abort_cause))
+
+    def _process(
+        self,
+        entry: Entry,
+        token_ids: list[int],
+        now: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        is_finished: bool = False,
+    ) -> bool:
+        """Hand new tokens on as text. False if a stop string in it ended the request."""
+        assert entry.processor is not None
+        entry.unprocessed = []
+        delta = entry.processor.process(token_ids, is_finished)
+        num_tokens = delta.num_tokens_used
+        if num_tokens:
+            if entry.last_output_s is not None:
+                self.metrics.on_tokens(num_tokens, now - entry.last_output_s)
+            else:
+                self._note_first_tokens(entry, num_tokens, now)
+            entry.last_output_s = now
+            entry.num_output_tokens += num_tokens
         if delta.stop_reason is not None:
-            terminal = Terminal("stop", stop_reason=delta.stop_reason)
-            cause = None if is_finished else AbortCause.STOP_STRING
-            self._end(entry, terminal, abort_in_engine=cause)
-        elif output.finish_reason is not None:
-            terminal = _terminal(output, output.finish_reason, entry.abort_cause)
-            self._end(entry, terminal)
+            token_ids, logprobs = token_ids[:num_tokens], logprobs[:num_tokens]
+        if num_tokens or delta.text:
+            is_last = is_finished or delta.stop_reason is not None
+            entry.mailbox.put(delta.text, token_ids, logprobs, is_last=is_last)
+        if delta.stop_reason is None:
+            return True
+        cause = None if is_finished else AbortCause.STOP_STRING
+        terminal = Terminal("stop", stop_reason=delta.stop_reason)
+        self._end(entry, terminal, abort_in_engine=cause)
+        return False
+
+    def _note_first_tokens(self, entry: Entry, num_tokens: int, now: float) -> None:
+        entry.leave_queue()
+        num_prompt_tokens = len(entry.mailbox.prompt_token_ids)
+        self.metrics.on_first_tokens(num_tokens, now - entry.accepted_s, num_prompt_tokens)
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -187,23 +257,63 @@ class Dispatcher:
         self, entry: Entry, terminal: Terminal, *, abort_in_engine: AbortCause | None = None
     ) -> None:
         """End a live request here. `abort_in_engine`: its engine does not know yet, and is told."""
-        engine_runs_it = abort_in_engine is not None
-        if self.registry.remove(entry.internal_id, engine_runs_it=engine_runs_it) is None:
+        now = self._loop.time()
+        if abort_in_engine is None:
+            is_ours = self.registry.remove(entry)
+        else:
+            is_ours = self.registry.remove_running(entry, abort_in_engine, now)
+        if not is_ours:
             return
-        entry.terminal = terminal
+        stage, entry.terminal = entry.stage, terminal
+        entry.leave_queue()
+        if entry.deadline is not None:
+            entry.deadline.cancel()
         if entry.processor is not None and terminal.finish_reason in ("abort", "error"):
             # Text held back for a stop string belongs to the partial result.
-            entry.mailbox.put(entry.processor.process((), True).text, ())
+            entry.mailbox.put(entry.processor.process((), True).text, (), is_last=True)
+        self._note_end(entry, terminal, abort_in_engine, stage, now)
         entry.mailbox.finish(terminal)
-        logger.debug(
-            "request %s ended: %s (cause %s, %d output tokens)",
-            entry.request_id,
-            terminal.finish_reason,
-            terminal.abort_cause,
-            entry.num_output_tokens,
-        )
+        if self.on_idle is not None and not self.registry:
+            self.on_idle()
         if abort_in_engine is not None and entry.engine_index is not None:
             self._queue_abort(entry.internal_id, abort_in_engine)
+
+    def _note_end(
+        self,
+        entry: Entry,
+        terminal: Terminal,
+        abort_in_engine: AbortCause | None,
+        stage: Stage,
+        now: float,
+    ) -> None:
+        age_s, num_prompt_tokens = now - entry.accepted_s, len(entry.mailbox.prompt_token_ids)
+        self.metrics.on_end(
+            terminal.finish_reason, age_s, num_prompt_tokens, entry.num_output_tokens
+        )
+        cause = terminal.abort_cause or abort_in_engine
+        if cause is not None:
+            self.metrics.on_abort(cause, stage)
+        if logger.isEnabledFor(self.request_log_level):
+            logger.log(
+                self.request_log_level,
+                "request %s ended: %s (cause %s, stage %s, %d output tokens, %.3f s)",
+                entry.request_id,
+                terminal.finish_reason,
+                cause,
+                stage,
+                entry.num_output_tokens,
+                age_s,
+                extra={
+                    "request_id": entry.request_id,
+                    "finish_reason": terminal.finish_reason,
+                    "abort_cause": cause,
+                    "stage": stage,
+                    "num_prompt_tokens": num_prompt_tokens,
+                    "num_output_tokens": entry.num_output_tokens,
+                    "age_s": round(age_s, 6),
+                    "engine": entry.engine_index,
+                },
+            )
 
     # -- auto-aborts ---------------------------------------------------------------------------
 
@@ -231,7 +341,7 @@ class Dispatcher:
 
     def flush_aborts(self) -> None:
         """Send every waiting auto-abort now."""
-        frames, num_by_cause = self._abort_queue.drain(self.registry.claim_orphan)
+        frames, num_by_cause = self._abort_queue.drain(self.registry.claim_for_abort)
         for frame in frames:
             try:
                 self.client.send(frame.engine_index, encode_abort(frame.request_ids))
@@ -242,8 +352,12 @@ class Dispatcher:
                     error,
                     ", ".join(frame.request_ids),
                 )
-            else:
-                logger.debug("abort frame to engine %d: %s", frame.engine_index, frame.request_ids)
+                continue
+            self.metrics.on_abort_frame(len(frame.request_ids))
+            logger.debug("abort frame to engine %d: %s", frame.engine_index, frame.request_ids)
+            if frame.engine_index in self.foreign_engines:
+                for internal_id in frame.request_ids:
+                    self.registry.end(internal_id)
         if frames:
             causes = ", ".join(f"{cause.value}: {count}" for cause, count in num_by_cause.items())
             ids = [request_id for frame in frames for request_id in frame.request_ids]

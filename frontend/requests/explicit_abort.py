@@ -1,4 +1,5 @@
-"""Aborts that a caller asks for by name: effect first, then the acknowledgement.
+"""Aborts that a caller asks for, by name or by a deadline: effect first, then the
+acknowledgement.
 
 The claim phase is one sweep without a suspension point: the selector becomes a list of live
 requests, whatever has not reached an engine ends on the spot, and one `caesura_abort` call leaves
@@ -26,6 +27,8 @@ from ipc.errors import WireError
 logger = logging.getLogger(__name__)
 
 STAGE_TOKENIZING = "tokenizing"
+EXPIRY_TIMEOUT_S = 5.0
+"""So long an engine may take to end a request whose deadline passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,9 @@ class PendingAbort:
 
     receipt: AbortReceipt
     entries: dict[int, list[Entry]]
+    """By engine."""
     calls: dict[int, asyncio.Future[object]]
+    """By engine."""
 
 
 class ExplicitAborts:
@@ -70,23 +75,31 @@ class ExplicitAborts:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self.foreign_engines: set[int] = set()
+        self._loop = asyncio.get_running_loop()
+        self._expired: list[Entry] = []
+        self._expiries: set[asyncio.Task[None]] = set()
 
     def start(self, selector: Selector, cause: AbortCause) -> PendingAbort:
         """The claim phase; never suspends."""
         receipt = AbortReceipt()
+        return self._start(self._select(selector, receipt), cause, receipt)
+
+    def _start(
+        self, selected: Sequence[Entry], cause: AbortCause, receipt: AbortReceipt
+    ) -> PendingAbort:
         by_engine: dict[int, list[Entry]] = {}
-        for entry in self._select(selector, receipt):
+        for entry in selected:
             if entry.engine_index is None:
                 self._dispatcher.end_unsent(entry, Terminal("abort", abort_cause=cause))
                 receipt.requests[entry.request_id] = AbortedRequest("aborted", 0, STAGE_TOKENIZING)
-            else:
-                entry.abort_cause = entry.abort_cause or cause
-                by_engine.setdefault(entry.engine_index, []).append(entry)
-                receipt.requests[entry.request_id] = AbortedRequest("pending")
+                continue
+            if entry.abort_cause is None:
+                entry.abort_cause, entry.abort_started_s = cause, self._loop.time()
+            by_engine.setdefault(entry.engine_index, []).append(entry)
+            receipt.requests[entry.request_id] = AbortedRequest("pending")
         calls = {}
         for engine_index, entries in by_engine.items():
-            if engine_index in self.foreign_engines:
+            if engine_index in self._dispatcher.foreign_engines:
                 self._dispatcher.end_without_engine(entries, Terminal("abort", abort_cause=cause))
                 _settle(receipt, entries)
                 receipt.engines[engine_index] = "ok"
@@ -134,6 +147,30 @@ class ExplicitAborts:
             _settle(receipt, entries, answer)
         return receipt
 
+    # -- deadlines -----------------------------------------------------------------------------
+
+    def expire(self, entry: Entry) -> None:
+        """A request reached its deadline. Those of one turn of the loop share an engine's call."""
+        if not self._expired:
+            self._loop.call_soon(self._abort_expired)
+        self._expired.append(entry)
+
+    def _abort_expired(self) -> None:
+        entries, self._expired = self._expired, []
+        live = [entry for entry in entries if entry.terminal is None]
+        pending = self._start(live, AbortCause.DEADLINE, AbortReceipt())
+        expiry = self._loop.create_task(self._finish_expiry(pending, live))
+        self._expiries.add(expiry)
+        expiry.add_done_callback(self._expiries.discard)
+
+    async def _finish_expiry(self, pending: PendingAbort, entries: list[Entry]) -> None:
+        """A deadline holds also where an engine does not answer."""
+        await self.finish(pending, EXPIRY_TIMEOUT_S)
+        self._dispatcher.end_without_engine(
+            [entry for entry in entries if entry.terminal is None],
+            Terminal("abort", abort_cause=AbortCause.DEADLINE),
+        )
+
     def _select(self, selector: Selector, receipt: AbortReceipt) -> list[Entry]:
         registry = self._dispatcher.registry
         if selector.request_ids is not None:
@@ -146,7 +183,7 @@ class ExplicitAborts:
             )
         if (prefix := selector.prefix) is not None:
             return registry.select(
-                lambda entry: any(name.startswith(prefix) for name in entry.own_names)
+                lambda entry: any(name.startswith(prefix) for name in entry.names)
             )
         if (tag := selector.tag) is not None:
             return registry.select(lambda entry: tag in entry.tags)

@@ -1,10 +1,11 @@
 """Accepts requests: validates them, tokenizes their prompts and hands them to the dispatcher.
 
-Acceptance is synchronous: when `accept` returns, the request is in the registry and an abort finds
-it. Short prompts and token ids are on their way to an engine by then; a long text is tokenized on a
-worker thread first, and may be aborted or dropped meanwhile.
+Acceptance is synchronous: when `accept` returns, the requests are in the registry and an abort
+finds them. Short prompts and token ids are on their way to an engine by then; a long text is
+tokenized on a worker thread first, and may be aborted or dropped meanwhile.
 
-Invariant: a request that is refused leaves nothing behind.
+Invariant: the requests of a call are accepted together or not at all; a refusal leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from frontend.engines.engine_client import CLIENT_INDEX
 from frontend.errors import (
     CALLERS_FAULTS,
     CONTEXT_LENGTH_EXCEEDED,
+    OVERLOADED,
     VALIDATION_ERROR,
     InvalidRequestError,
+    OverloadedError,
     PromptTooLongError,
 )
 from frontend.outputs import Terminal
+from frontend.requests.admission import Admission
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.mailbox import Mailbox
 from frontend.requests.registry import Entry
@@ -33,6 +38,9 @@ from frontend.text.tokenizer import Tokenizer
 from ipc import expect
 from ipc.errors import WireError
 from ipc.output import OutputError
+from ipc.request import encode_new
+
+MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 MAX_INLINE_CHARS = 8192
 """Longer prompts are tokenized on a worker thread, so that they do not hold up other streams."""
@@ -42,15 +50,26 @@ MAX_INLINE_CHARS = 8192
 class NewRequest:
     """What a caller asks for. Either `prompt` or `prompt_token_ids` is set."""
 
-    prompt: str | None
-    prompt_token_ids: Sequence[int] | None
+    prompt: str | None = None
+    prompt_token_ids: Sequence[int] | None = None
     sampling_params: SamplingParams
-    request_id: str | None
+    request_id: str | None = None
     """None makes one up."""
     aliases: Sequence[str] = ()
+    """Further names; together with a `batch_id`, they are names of the whole batch."""
     batch_id: str | None = None
+    """A name that the requests of one call share."""
     priority: int = 0
+    """Lower runs first."""
     tags: Sequence[str] = ()
+    timeout_s: float | None = None
+    """At this age it is aborted, and returns its partial result."""
+    cache_salt: str | None = None
+    """Requests share cached prefixes only with those of the same salt."""
+    add_special_tokens: bool = True
+    """False for a chat prompt, whose template spells them out."""
+    is_final_only: bool = False
+    """Everything comes at once, at the end."""
 
 
 class RequestIntake:
@@ -60,52 +79,100 @@ class RequestIntake:
         self,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer | None,
+        admission: Admission,
         *,
         max_model_len: int,
         stream_interval: int,
+        on_deadline: Callable[[Entry], None],
     ) -> None:
         """Without a tokenizer, only token ids can be accepted."""
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
+        self._admission = admission
         self._max_model_len = max_model_len
         self._stream_interval = stream_interval
+        self._on_deadline = on_deadline
+        self._loop = asyncio.get_running_loop()
 
-    def accept(self, new: NewRequest) -> Entry:
-        """Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError or
-        EngineDeadError.
+    def accept(self, requests: Sequence[NewRequest]) -> list[Entry]:
+        """All of them or none. Raises InvalidRequestError, PromptTooLongError,
+        DuplicateRequestIdError, OverloadedError or EngineDeadError.
         """
-        token_ids = self._token_ids_at_once(new)
+        prompts = self._prompts_at_once(requests)
+        entries = [self._new_entry(new) for new in requests]
+        for entry, new, token_ids in zip(entries, requests, prompts, strict=True):
+            if token_ids is not None:
+                self._prepare(entry, new, token_ids)
+        self._admit(prompts)
+        accepted: list[Entry] = []
+        try:
+            for entry, token_ids in zip(entries, prompts, strict=True):
+                self._dispatcher.registry.register(entry)
+                accepted.append(entry)
+                entry.place = self._admission.enter(len(token_ids or ()))
+            for entry, new in zip(entries, requests, strict=True):
+                if entry.add_frames:
+                    self._dispatcher.send(entry)
+                else:
+                    self._tokenize(entry, new)
+        except BaseException:
+            for entry in accepted:
+                self._dispatcher.take_back(entry)
+            raise
+        for entry, new in zip(entries, requests, strict=True):
+            self._dispatcher.metrics.on_accepted()
+            if new.timeout_s is not None:
+                entry.deadline = self._loop.call_later(new.timeout_s, self._on_deadline, entry)
+        return entries
+
+    def _admit(self, prompts: Sequence[list[int] | None]) -> None:
+        try:
+            num_tokens = sum(len(token_ids) for token_ids in prompts if token_ids is not None)
+            self._admission.check(len(prompts), num_tokens)
+        except OverloadedError as error:
+            self._dispatcher.metrics.on_refused(error.limit)
+            raise
+
+    def _new_entry(self, new: NewRequest) -> Entry:
         request_id = new.request_id if new.request_id is not None else secrets.token_hex(8)
-        entry = Entry(
+        return Entry(
             internal_id=f"{request_id}-{secrets.token_hex(4)}",
             request_id=request_id,
-            mailbox=Mailbox(request_id, self._stream_interval),
+            mailbox=Mailbox(request_id, self._stream_interval, is_final_only=new.is_final_only),
+            accepted_s=self._loop.time(),
+            arrival_time_s=time.time(),
             aliases=tuple(new.aliases),
             batch_id=new.batch_id,
             tags=frozenset(new.tags),
+            priority=new.priority,
         )
-        arrival_time_s = time.time()
-        self._dispatcher.registry.register(entry)
-        if token_ids is None:
-            assert new.prompt is not None
-            tokenizer = self._tokenizer_for_text()
-            loop = asyncio.get_running_loop()
-            encoding = loop.run_in_executor(None, tokenizer.encode, new.prompt)
-            encoding.add_done_callback(partial(self._on_encoded, entry, new, arrival_time_s))
-            return entry
-        try:
-            self._send(entry, new, arrival_time_s, token_ids)
-        except BaseException as error:
-            self._dispatcher.registry.remove(entry.internal_id, engine_runs_it=False)
-            if isinstance(error, ValueError):
-                raise InvalidRequestError(str(error)) from error
-            raise
-        return entry
+
+    # -- prompts -------------------------------------------------------------------------------
+
+    def _prompts_at_once(self, requests: Sequence[NewRequest]) -> list[list[int] | None]:
+        """Each prompt's tokens, checked; None for a text too long to tokenize here and now.
+
+        The completions of one prompt (`n`) share its object, and its tokens.
+        """
+        known: dict[tuple[int, bool], list[int] | None] = {}
+        prompts = []
+        for new in requests:
+            if (new.prompt is None) == (new.prompt_token_ids is None):
+                raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
+            if new.timeout_s is not None and not 0 < new.timeout_s <= MAX_TIMEOUT_S:
+                raise InvalidRequestError(
+                    f"timeout_s={new.timeout_s!r} must be above 0 and at most {MAX_TIMEOUT_S:g} s"
+                )
+            key = (
+                id(new.prompt if new.prompt is not None else new.prompt_token_ids),
+                new.add_special_tokens,
+            )
+            if key not in known:
+                known[key] = self._token_ids_at_once(new)
+            prompts.append(known[key])
+        return prompts
 
     def _token_ids_at_once(self, new: NewRequest) -> list[int] | None:
-        """The prompt's tokens, checked; None if its text is too long to tokenize here and now."""
-        if (new.prompt is None) == (new.prompt_token_ids is None):
-            raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
         if new.prompt_token_ids is not None:
             token_ids = list(new.prompt_token_ids)
         else:
@@ -115,49 +182,63 @@ class RequestIntake:
             if len(new.prompt) > MAX_INLINE_CHARS:
                 return None
             try:
-                token_ids = tokenizer.encode(new.prompt)
+                token_ids = tokenizer.encode(new.prompt, add_special_tokens=new.add_special_tokens)
             except ValueError as error:
                 raise InvalidRequestError(str(error)) from error
         self._check_prompt(token_ids)
         return token_ids
 
+    def _tokenize(self, entry: Entry, new: NewRequest) -> None:
+        assert new.prompt is not None
+        encode = partial(
+            self._tokenizer_for_text().encode,
+            new.prompt,
+            add_special_tokens=new.add_special_tokens,
+        )
+        encoding = self._loop.run_in_executor(None, encode)
+        encoding.add_done_callback(partial(self._on_encoded, entry, new))
+
     def _on_encoded(
-        self,
-        entry: Entry,
-        new: NewRequest,
-        arrival_time_s: float,
-        encoding: asyncio.Future[list[int]],
+        self, entry: Entry, new: NewRequest, encoding: asyncio.Future[list[int]]
     ) -> None:
         """A long prompt was tokenized; its request may have ended meanwhile."""
         if self._dispatcher.registry.get(entry.internal_id) is None:
             return
+        assert entry.place is not None
         try:
             token_ids = encoding.result()
             self._check_prompt(token_ids)
-            self._send(entry, new, arrival_time_s, token_ids)
+            entry.place.set_num_prompt_tokens(len(token_ids))
+            self._prepare(entry, new, token_ids)
+            self._dispatcher.send(entry)
         except Exception as error:
-            code = "internal_error"
-            if isinstance(error, ValueError):
-                is_too_long = isinstance(error, PromptTooLongError)
-                code = CONTEXT_LENGTH_EXCEEDED if is_too_long else VALIDATION_ERROR
-            fault = OutputError(code, str(error), retryable=code not in CALLERS_FAULTS)
-            self._dispatcher.end_unsent(entry, Terminal("error", error=fault))
+            if isinstance(error, OverloadedError):
+                self._dispatcher.metrics.on_refused(error.limit)
+            self._dispatcher.end_unsent(entry, Terminal("error", error=_fault(error)))
 
-    def _send(
-        self, entry: Entry, new: NewRequest, arrival_time_s: float, token_ids: list[int]
-    ) -> None:
-        params, tokenizer = new.sampling_params, self._tokenizer
-        entry.processor = OutputProcessor(tokenizer, params, token_ids)
-        self._dispatcher.send(
-            entry,
-            token_ids,
-            params.to_wire(
-                tokenizer.eos_token_ids if tokenizer is not None else (),
-                num_tokens_left=self._max_model_len - len(token_ids),
-            ),
-            priority=new.priority,
-            arrival_time_s=arrival_time_s,
-        )
+    def _prepare(self, entry: Entry, new: NewRequest, token_ids: list[int]) -> None:
+        """Everything that can be wrong with a request is found here, before an engine hears of it.
+
+        Raises InvalidRequestError.
+        """
+        eos_token_ids = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
+        try:
+            entry.add_frames = encode_new(
+                request_id=entry.internal_id,
+                prompt_token_ids=token_ids,
+                sampling_params=new.sampling_params.to_wire(
+                    eos_token_ids, num_tokens_left=self._max_model_len - len(token_ids)
+                ),
+                arrival_time=entry.arrival_time_s,
+                client_index=CLIENT_INDEX,
+                priority=entry.priority,
+                external_req_id=entry.request_id,
+                cache_salt=new.cache_salt,
+            )
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from error
+        entry.processor = OutputProcessor(self._tokenizer, new.sampling_params, token_ids)
+        entry.mailbox.prompt_token_ids = token_ids
 
     def _tokenizer_for_text(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -177,3 +258,15 @@ class RequestIntake:
                 f"max_model_len={self._max_model_len}, prompt and output together; shorten the "
                 f"prompt"
             )
+
+
+def _fault(error: Exception) -> OutputError:
+    """What a client is told of a request that failed after it was accepted."""
+    code = "internal_error"
+    if isinstance(error, OverloadedError):
+        code = OVERLOADED
+    elif isinstance(error, PromptTooLongError):
+        code = CONTEXT_LENGTH_EXCEEDED
+    elif isinstance(error, ValueError):
+        code = VALIDATION_ERROR
+    return OutputError(code, str(error), retryable=code not in CALLERS_FAULTS)

@@ -4,7 +4,7 @@ Invariants
 - Events merge while nobody reads, so a slow reader costs the memory of its own tokens and nothing
   else.
 - The first tokens and the terminal are delivered at once; between them at least `stream_interval`
-  tokens are.
+  tokens are. With `is_final_only`, the terminal brings everything.
 - The terminal is delivered once, last, together with whatever had not been read.
 - `put`, `close` and the reader run on one event loop; nothing here is shared between threads.
 """
@@ -12,7 +12,8 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from frontend.outputs import RequestOutput, Terminal, TokenLogprobs
 
@@ -20,32 +21,64 @@ from frontend.outputs import RequestOutput, Terminal, TokenLogprobs
 class Mailbox:
     """A single-reader buffer of one request's output."""
 
-    def __init__(self, request_id: str, stream_interval: int = 1) -> None:
+    __slots__ = (
+        "_has_news",
+        "_listener",
+        "_logprobs",
+        "_reader",
+        "_stream_interval",
+        "_terminal",
+        "_text",
+        "_token_ids",
+        "_wake_at_num_tokens",
+        "num_cached_tokens",
+        "prompt_logprobs",
+        "prompt_token_ids",
+        "request_id",
+    )
+
+    def __init__(
+        self, request_id: str, stream_interval: int = 1, *, is_final_only: bool = False
+    ) -> None:
         self.request_id = request_id
-        self.num_prompt_tokens = 0
+        self.prompt_token_ids: Sequence[int] = ()
+        """Empty until the prompt's tokens are known."""
         self.num_cached_tokens = 0
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._terminal: Terminal | None = None
-        self._stream_interval = stream_interval
-        self._wake_at_num_tokens = 1
+        self._stream_interval = sys.maxsize if is_final_only else stream_interval
+        self._wake_at_num_tokens = sys.maxsize if is_final_only else 1
         self._has_news = False
         self._reader: asyncio.Future[None] | None = None
+        self._listener: Callable[[], object] | None = None
 
     @property
     def is_finished(self) -> bool:
         """Whether the terminal was put."""
         return self._terminal is not None
 
+    @property
+    def num_unread_tokens(self) -> int:
+        return len(self._token_ids)
+
     def put(
-        self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        is_last: bool = False,
     ) -> None:
+        """Leave more output. With `is_last` the terminal follows at once, and wakes the reader."""
         assert self._terminal is None, "nothing may follow a terminal"
         self._text.append(text)
-        self._token_ids.extend(token_ids)
-        self._logprobs.extend(logprobs)
-        if len(self._token_ids) >= self._wake_at_num_tokens:
+        self._token_ids += token_ids
+        if logprobs:
+            self._logprobs += logprobs
+        if len(self._token_ids) >= self._wake_at_num_tokens and not is_last:
             self._wake()
 
     def finish(self, terminal: Terminal) -> None:
@@ -59,29 +92,33 @@ class Mailbox:
             return None
         self._has_news = False
         self._wake_at_num_tokens = self._stream_interval
-        terminal = self._terminal
-        output = RequestOutput(
-            request_id=self.request_id,
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            finish_reason=None if terminal is None else terminal.finish_reason,
-            stop_reason=None if terminal is None else terminal.stop_reason,
-            abort_cause=None if terminal is None else terminal.abort_cause,
-            error=None if terminal is None else terminal.error,
-        )
+        text, token_ids = "".join(self._text), tuple(self._token_ids)
         self._text.clear()
         self._token_ids.clear()
-        self._logprobs.clear()
-        return output
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self._logprobs:
+            logprobs = tuple(self._logprobs)
+            self._logprobs.clear()
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, ()
+        num_prompt_tokens, terminal = len(self.prompt_token_ids), self._terminal
+        common = (self.request_id, text, token_ids, logprobs, num_prompt_tokens)
+        if terminal is None:
+            return RequestOutput(*common, self.num_cached_tokens, prompt_logprobs=prompt_logprobs)
+        return RequestOutput(
+            *common,
+            self.num_cached_tokens,
+            terminal.finish_reason,
+            terminal.stop_reason,
+            terminal.abort_cause,
+            terminal.error,
+            prompt_logprobs,
+        )
 
     async def wait(self) -> None:
         """Return when there is something to take."""
         if self._has_news:
             return
-        if self._reader is not None:
+        if self._reader is not None or self._listener is not None:
             raise RuntimeError(f"stream {self.request_id!r} is being read by another task already")
         self._reader = asyncio.get_running_loop().create_future()
         try:
@@ -89,7 +126,22 @@ class Mailbox:
         finally:
             self._reader = None
 
+    def listen(self, on_news: Callable[[], object]) -> None:
+        """Call `on_news` whenever there is something to take, at once if there is already.
+
+        For a reader that is no task: it costs no turn of the event loop. `on_news` must not raise.
+        """
+        assert self._listener is None, "a stream has one reader"
+        self._listener = on_news
+        if self._has_news:
+            on_news()
+
+    def stop_listening(self) -> None:
+        self._listener = None
+
     def _wake(self) -> None:
         self._has_news = True
-        if self._reader is not None and not self._reader.done():
+        if self._listener is not None:
+            self._listener()
+        elif self._reader is not None and not self._reader.done():
             self._reader.set_result(None)

@@ -3,60 +3,111 @@
 Invariants
 - An entry is live from `register` to `remove`. Whoever removes it sends its one terminal event;
   nobody else can.
-- An id that an engine still runs after its entry was removed is an *orphan*, until the engine
-  ends it or an abort for it is on its way. Outputs of orphans are nobody's.
+- A request that ended here while an engine runs it is *ending*, until the engine says that it has
+  left: its blocks are free then. Its outputs until then are nobody's.
 - A name (the caller's id, an alias, the id of a batch) leads to entries only while they are live.
-  A name of one's own is unique among all live names; the name of a batch is shared by its children
-  only.
+  A name of one's own is unique among all live names; the names of a batch are shared by its
+  children only.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from frontend.errors import DuplicateRequestIdError
-from frontend.outputs import AbortCause, Terminal
+from frontend.outputs import AbortCause, Stage, Terminal
+from frontend.requests.admission import Place
 from frontend.requests.mailbox import Mailbox
 from frontend.text.output_processor import OutputProcessor
 
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A live request, as the front end knows it."""
+    """A live request, as the front end knows it. Times are of the event loop's clock."""
 
     internal_id: str
     """Unique for ever; the only id that engines see."""
     request_id: str
     """The caller's id."""
     mailbox: Mailbox
+    accepted_s: float
+    arrival_time_s: float = 0.0
+    """The same moment, of the wall clock."""
+    add_frames: Sequence[bytes] = ()
+    """Its ADD, once its prompt's tokens are known and until it was sent."""
     processor: OutputProcessor | None = None
     """None until the prompt's tokens are known."""
     aliases: tuple[str, ...] = ()
+    """Further names; with a batch_id, they are the batch's."""
     batch_id: str | None = None
     tags: frozenset[str] = frozenset()
+    priority: int = 0
+    place: Place | None = None
+    """Among those that wait for their first token; held until then, or until the end."""
     engine_index: int | None = None
     """None until it was sent to an engine."""
     num_output_tokens: int = 0
+    unprocessed: list[int] = field(default_factory=list)
+    """Tokens that arrived in this turn of the loop and have not become text yet."""
+    last_output_s: float | None = None
+    """None until its first token."""
+    deadline: asyncio.TimerHandle | None = None
     abort_cause: AbortCause | None = None
     """Set when an explicit abort is on its way to the engine."""
+    abort_started_s: float = 0.0
     terminal: Terminal | None = None
     """How it ended, once it has."""
 
+    def leave_queue(self) -> None:
+        """It waits for its first token no longer. Harmless to repeat."""
+        if self.place is not None:
+            self.place.leave()
+            self.place = None
+
     @property
     def own_names(self) -> tuple[str, ...]:
-        return (self.request_id, *self.aliases)
+        return (self.request_id, *self.aliases) if self.batch_id is None else (self.request_id,)
+
+    @property
+    def shared_names(self) -> tuple[str, ...]:
+        return () if self.batch_id is None else (self.batch_id, *self.aliases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.own_names, *self.shared_names)
+
+    @property
+    def stage(self) -> Stage:
+        """As far as it shows here; an engine knows more."""
+        if self.engine_index is None:
+            return "tokenizing"
+        return "waiting" if self.last_output_s is None else "decode"
+
+
+@dataclass(slots=True, eq=False)
+class Ending:
+    """A request that has ended here and that its engine still runs."""
+
+    entry: Entry
+    engine_index: int
+    ended_s: float
+    cause: AbortCause
+    abort_sent: bool = False
 
 
 class RequestRegistry:
-    """Live requests by internal id and by name, and the orphans that engines still run."""
+    """Live requests by internal id and by name, and the ending ones."""
 
     def __init__(self, num_engines: int) -> None:
         self._entries: dict[str, Entry] = {}
         self._by_name: dict[str, dict[str, Entry]] = {}
-        self._orphans: dict[str, int] = {}
+        self._ending: dict[str, Ending] = {}
         self.num_in_flight = [0] * num_engines
         """By engine: requests that it was sent and that have not left it, as far as we know."""
+        self.get: Callable[[str], Entry | None] = self._entries.get
+        """The live entry of an internal id. Bound once: it is asked for every token."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -66,8 +117,13 @@ class RequestRegistry:
         return iter(self._entries.values())
 
     @property
-    def num_orphans(self) -> int:
-        return len(self._orphans)
+    def ending(self) -> Sequence[Ending]:
+        """In the order in which they ended here."""
+        return tuple(self._ending.values())
+
+    @property
+    def num_ending(self) -> int:
+        return len(self._ending)
 
     # -- live entries --------------------------------------------------------------------------
 
@@ -78,63 +134,74 @@ class RequestRegistry:
                 raise DuplicateRequestIdError(
                     f"request id {name!r} names a live request; choose another, or wait for its end"
                 )
-        batch = self._by_name.get(entry.batch_id) if entry.batch_id is not None else None
-        if batch and any(sibling.batch_id != entry.batch_id for sibling in batch.values()):
-            raise DuplicateRequestIdError(
-                f"batch id {entry.batch_id!r} names a live request; choose another"
-            )
+        for name in entry.shared_names:
+            holders = self._by_name.get(name, {}).values()
+            if any(holder.batch_id != entry.batch_id for holder in holders):
+                raise DuplicateRequestIdError(
+                    f"request id {name!r} names a live request; choose another, or wait for its end"
+                )
         self._entries[entry.internal_id] = entry
-        for name in self._names(entry):
+        for name in entry.names:
             self._by_name.setdefault(name, {})[entry.internal_id] = entry
-
-    def get(self, internal_id: str) -> Entry | None:
-        return self._entries.get(internal_id)
 
     def mark_sent(self, entry: Entry, engine_index: int) -> None:
         entry.engine_index = engine_index
         self.num_in_flight[engine_index] += 1
 
-    def remove(self, internal_id: str, *, engine_runs_it: bool) -> Entry | None:
-        """Take an entry out; the caller now owes it its terminal. None if somebody else was first.
+    def remove(self, entry: Entry) -> bool:
+        """Take an entry out; the caller now owes it its terminal. False if somebody else was first.
 
-        `engine_runs_it`: the engine does not know yet that it ended, so the id becomes an orphan
-        (if it was sent).
+        Its engine, if it has one, no longer runs it.
         """
-        entry = self._entries.pop(internal_id, None)
-        if entry is None:
-            return None
-        for name in self._names(entry):
+        if not self._forget(entry):
+            return False
+        if entry.engine_index is not None:
+            self.num_in_flight[entry.engine_index] -= 1
+        return True
+
+    def remove_running(self, entry: Entry, cause: AbortCause, now: float) -> bool:
+        """The same for a request that its engine still runs: it is ending, and must be aborted."""
+        if not self._forget(entry):
+            return False
+        if entry.engine_index is not None:
+            self._ending[entry.internal_id] = Ending(entry, entry.engine_index, now, cause)
+        return True
+
+    def _forget(self, entry: Entry) -> bool:
+        if self._entries.pop(entry.internal_id, None) is None:
+            return False
+        for name in entry.names:
             holders = self._by_name[name]
-            del holders[internal_id]
+            del holders[entry.internal_id]
             if not holders:
                 del self._by_name[name]
-        if entry.engine_index is not None:
-            if engine_runs_it:
-                self._orphans[internal_id] = entry.engine_index
-            else:
-                self.num_in_flight[entry.engine_index] -= 1
-        return entry
+        return True
 
-    # -- orphans -------------------------------------------------------------------------------
+    # -- ending requests -----------------------------------------------------------------------
 
-    def claim_orphan(self, internal_id: str) -> int | None:
-        """The engine that still runs this removed request; None if none does. It is no orphan
-        afterwards.
-        """
-        engine_index = self._orphans.pop(internal_id, None)
-        if engine_index is not None:
-            self.num_in_flight[engine_index] -= 1
-        return engine_index
+    def get_ending(self, internal_id: str, engine_index: int) -> Ending | None:
+        """An ending request, if this engine runs it: others have no say in it."""
+        ending = self._ending.get(internal_id)
+        return ending if ending is not None and ending.engine_index == engine_index else None
 
-    def end_orphan(self, internal_id: str, engine_index: int) -> None:
-        """An engine tells that it no longer runs this request; others cannot."""
-        if self._orphans.get(internal_id) == engine_index:
-            self.claim_orphan(internal_id)
+    def claim_for_abort(self, internal_id: str) -> int | None:
+        """The engine to tell that a request has ended; None if it need not be told (any more)."""
+        ending = self._ending.get(internal_id)
+        if ending is None or ending.abort_sent:
+            return None
+        ending.abort_sent = True
+        return ending.engine_index
 
-    def forget_orphans(self, engine_index: int) -> None:
-        """An engine is gone, and its orphans with it."""
-        for internal_id in [key for key, owner in self._orphans.items() if owner == engine_index]:
-            self.claim_orphan(internal_id)
+    def end(self, internal_id: str) -> None:
+        """The engine no longer runs an ending request. Harmless to repeat."""
+        ending = self._ending.pop(internal_id, None)
+        if ending is not None:
+            self.num_in_flight[ending.engine_index] -= 1
+
+    def end_all_of(self, engine_index: int) -> None:
+        """An engine is gone, and what was ending in it with it."""
+        for key in [key for key, one in self._ending.items() if one.engine_index == engine_index]:
+            self.end(key)
 
     # -- selectors -----------------------------------------------------------------------------
 
@@ -145,9 +212,3 @@ class RequestRegistry:
     def select(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
         """All live entries that fit, in order of acceptance."""
         return [entry for entry in self if wanted(entry)]
-
-    def _names(self, entry: Entry) -> set[str]:
-        names = set(entry.own_names)
-        if entry.batch_id is not None:
-            names.add(entry.batch_id)
-        return names

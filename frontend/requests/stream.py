@@ -8,18 +8,24 @@ it, together with all others of its time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
+from frontend.outputs import AbortCause, RequestOutput, RequestResult, TokenLogprobs
 from frontend.requests.mailbox import Mailbox
 
 
 class RequestStream:
     """An async iterator over a request's events, the last of which carries its finish reason."""
 
+    __slots__ = ("__weakref__", "_drop", "_drop_later", "_is_done", "_mailbox")
+
     def __init__(
-        self, mailbox: Mailbox, *, drop: Callable[[], None], drop_later: Callable[[], None]
+        self,
+        mailbox: Mailbox,
+        *,
+        drop: Callable[[AbortCause], None],
+        drop_later: Callable[[], None],
     ) -> None:
         """`drop` takes effect at once where it can; `drop_later` may be called in the midst of
         anything, as the garbage collector does.
@@ -33,6 +39,18 @@ class RequestStream:
     def request_id(self) -> str:
         return self._mailbox.request_id
 
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        """The prompt's tokens, from the first event on."""
+        return self._mailbox.prompt_token_ids
+
+    @property
+    def num_unread_tokens(self) -> int:
+        """Tokens that have arrived and were not taken."""
+        return self._mailbox.num_unread_tokens
+
+    # -- for a reader that is a task -----------------------------------------------------------
+
     def __aiter__(self) -> RequestStream:
         return self
 
@@ -40,13 +58,11 @@ class RequestStream:
         if self._is_done:
             raise StopAsyncIteration
         try:
-            while (output := self._mailbox.take()) is None:
+            while (output := self.take()) is None:
                 await self._mailbox.wait()
         except asyncio.CancelledError:
             self.close()
             raise
-        if output.finish_reason is not None:
-            self._is_done = True
         return output
 
     async def result(self) -> RequestResult:
@@ -54,7 +70,9 @@ class RequestStream:
         text: list[str] = []
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         async for output in self:
+            prompt_logprobs = prompt_logprobs or output.prompt_logprobs
             text.append(output.text)
             token_ids.extend(output.token_ids)
             logprobs.extend(output.logprobs)
@@ -70,14 +88,33 @@ class RequestStream:
                     stop_reason=output.stop_reason,
                     abort_cause=output.abort_cause,
                     error=output.error,
+                    prompt_logprobs=prompt_logprobs,
                 )
         raise RuntimeError(f"stream {self.request_id!r} was read to its end or closed before")
 
-    def close(self) -> None:
+    # -- for a reader that is called -----------------------------------------------------------
+
+    def take(self) -> RequestOutput | None:
+        """What is new, without waiting; None if nothing is, or if the end was taken."""
+        output = self._mailbox.take()
+        if output is not None and output.finish_reason is not None:
+            self._is_done = True
+        return output
+
+    def listen(self, on_news: Callable[[], object]) -> None:
+        """Have `on_news` called on the event loop whenever there is something to take, at once if
+        there is already. It must not raise.
+        """
+        self._mailbox.listen(on_news)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self, cause: AbortCause = AbortCause.DROPPED_STREAM) -> None:
         """Drop the request, unless it has ended. Harmless to repeat; what was not read is lost."""
         if not self._is_done:
             self._is_done = True
-            self._drop()
+            self._mailbox.stop_listening()
+            self._drop(cause)
 
     async def __aenter__(self) -> RequestStream:
         return self

@@ -28,20 +28,21 @@ from frontend.config import FrontendConfig
 from frontend.errors import EngineDeadError
 from frontend.outputs import AbortReceipt, RequestOutput
 from frontend.requests.stream import RequestStream
+from frontend.sglang.aborts import read_abort
+from frontend.sglang.calls import GenerateCall, SamplingArgument, read_call
+from frontend.sglang.results import ResultBuilder
 from frontend.sync.loop_thread import AsyncReader, BlockingReader, LoopThread
 from frontend.sync.sglang_arguments import EngineArguments, read_arguments
-from frontend.sync.sglang_requests import GenerateCall, ResultBuilder, SamplingArgument, read_call
 from frontend.text.tokenizer import Tokenizer
 from ipc.lifecycle import EngineStatus
 from ipc.logs import LEVEL_VARIABLE
 
-logger = logging.getLogger(__name__)
-
 Result = dict[str, Any]
 """{"text": str, "output_ids": [int], "meta_info": {...}}; in a streamed batch also "index"."""
-Event = tuple[int, RequestOutput] | None
-"""(the prompt's place in its batch, what is new); the first event, None, says that all prompts were
-accepted."""
+News = tuple[int, RequestOutput, Sequence[int]]
+"""(the request's place in its call, what is new, the prompt's token ids)."""
+Event = News | None
+"""The first event, None, says that all prompts were accepted."""
 
 
 class Engine:
@@ -93,18 +94,22 @@ class Engine:
         rid: str | Sequence[str] | None = None,
         return_logprob: bool | Sequence[bool] = False,
         top_logprobs_num: int | Sequence[int] | None = None,
+        logprob_start_len: int | Sequence[int] | None = None,
         priority: int | None = None,
+        tags: Sequence[str] = (),
         **others: object,
     ) -> Any:
         """Generate from one prompt or a list of them, given as text or as token ids.
 
-        Returns one dictionary, or a list for a list of prompts: `text`, `output_ids` and
-        `meta_info` (`id`, `finish_reason`, `prompt_tokens`, `completion_tokens`, `cached_tokens`,
-        `e2e_latency` in seconds, and with `return_logprob` the log-probabilities). With
-        `stream=True` it returns an iterator whose dictionaries grow; those of a list carry `index`.
+        Returns one dictionary, or a list for a list of prompts or for samples (`n`): `text`,
+        `output_ids` and `meta_info` (`id`, `finish_reason`, `prompt_tokens`, `completion_tokens`,
+        `cached_tokens`, `weight_version`, `e2e_latency` in seconds, and with `return_logprob` the
+        log-probabilities). With `stream=True` it returns an iterator whose dictionaries grow; those
+        of a list carry `index`. `logprob_start_len` asks for the prompt's log-probabilities too.
 
         `sampling_params` are SGLang's dictionary or SamplingParams. A string as `rid` of a list
         names all of it, its children being `rid_0`, `rid_1`, ... A higher `priority` runs first.
+        `tags` are names by which many requests can be aborted at once.
 
         An aborted request is a result with `finish_reason["type"] == "abort"`. Raises
         InvalidRequestError (a ValueError) or EngineDeadError; then nothing was accepted.
@@ -115,8 +120,10 @@ class Engine:
             sampling_params,
             return_logprob=return_logprob,
             top_logprobs_num=top_logprobs_num,
+            logprob_start_len=logprob_start_len,
             rid=rid,
             priority=priority,
+            tags=tags,
             others=others,
         )
         if stream:
@@ -126,7 +133,7 @@ class Engine:
             next(reader)
             return self._stream(call, reader)
         results = self._loop_thread.run(self._collect(call))
-        return results if call.is_batch else results[0]
+        return results if call.is_list else results[0]
 
     async def async_generate(
         self,
@@ -138,7 +145,9 @@ class Engine:
         rid: str | Sequence[str] | None = None,
         return_logprob: bool | Sequence[bool] = False,
         top_logprobs_num: int | Sequence[int] | None = None,
+        logprob_start_len: int | Sequence[int] | None = None,
         priority: int | None = None,
+        tags: Sequence[str] = (),
         **others: object,
     ) -> Any:
         """`generate` for a running event loop, whichever; with `stream=True` returns an async
@@ -150,8 +159,10 @@ class Engine:
             sampling_params,
             return_logprob=return_logprob,
             top_logprobs_num=top_logprobs_num,
+            logprob_start_len=logprob_start_len,
             rid=rid,
             priority=priority,
+            tags=tags,
             others=others,
         )
         if stream:
@@ -159,21 +170,35 @@ class Engine:
             await anext(reader)
             return self._async_stream(call, reader)
         results = await self._loop_thread.run_from_another_loop(self._collect(call))
-        return results if call.is_batch else results[0]
+        return results if call.is_list else results[0]
 
     def abort_request(
-        self, rid: str | Sequence[str] = "", abort_all: bool = False, *, wait: bool = True
+        self,
+        rid: str | Sequence[str] = "",
+        abort_all: bool = False,
+        *,
+        prefix: bool = False,
+        tag: str | None = None,
+        wait: bool = True,
     ) -> AbortReceipt | None:
         """Abort the request or batch named `rid` (or several), or every request.
 
+        With `prefix=True`, `rid` is the beginning of ids; in its place, `tag` names requests.
         Returns after the effect, with a receipt; `wait=False` only sends it off, for callers that
-        must not block. With neither `rid` nor `abort_all` nothing happens, and None is returned.
+        must not block. If nothing is named, nothing happens, and None is returned.
         """
-        if not rid and not abort_all:
-            logger.warning("abort_request needs a rid or abort_all=True; nothing was aborted")
+        selector = read_abort(rid, abort_all, prefix=prefix, tag=tag)
+        if selector is None:
             return None
-        selected = None if abort_all else rid
-        return self._loop_thread.run(self._engine.abort(selected, abort_all=abort_all, wait=wait))
+        return self._loop_thread.run(
+            self._engine.abort(
+                selector.request_ids,
+                prefix=selector.prefix,
+                tag=selector.tag,
+                abort_all=selector.everything,
+                wait=wait,
+            )
+        )
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -219,40 +244,19 @@ class Engine:
 
     # -- on the engine's loop ------------------------------------------------------------------
 
-    def _accept(self, call: GenerateCall) -> list[RequestStream]:
-        """Accept all prompts of a call or none."""
-        streams: list[RequestStream] = []
-        try:
-            for request in call.requests:
-                streams.append(  # noqa: PERF401 (what was accepted must be known after an error)
-                    self._engine.generate(
-                        request.prompt,
-                        prompt_token_ids=request.prompt_token_ids,
-                        sampling_params=request.sampling_params,
-                        request_id=request.request_id,
-                        batch_id=call.batch_id,
-                        priority=request.priority,
-                    )
-                )
-        except BaseException:
-            for stream in streams:
-                stream.close()
-            raise
-        return streams
-
     async def _collect(self, call: GenerateCall) -> list[Result]:
         async def finish(index: int, stream: RequestStream) -> Result:
-            return self._builder(call, index).add(await stream.result())
+            return self._builder(call, index).add(await stream.result(), stream.prompt_token_ids)
 
-        streams = self._accept(call)
+        streams = self._engine.accept(call.requests)
         return await asyncio.gather(*(finish(*place) for place in enumerate(streams)))
 
     async def _emit(self, call: GenerateCall, emit: Callable[[Event], object]) -> None:
         async def forward(index: int, stream: RequestStream) -> None:
             async for output in stream:
-                emit((index, output))
+                emit((index, output, stream.prompt_token_ids))
 
-        streams = self._accept(call)
+        streams = self._engine.accept(call.requests)
         emit(None)
         await asyncio.gather(*(forward(*place) for place in enumerate(streams)))
 
@@ -276,12 +280,10 @@ class Engine:
             yield _streamed(call, builders, event)
 
 
-def _streamed(
-    call: GenerateCall, builders: Sequence[ResultBuilder], event: tuple[int, RequestOutput]
-) -> Result:
-    index, output = event
-    result = builders[index].add(output)
-    return result | {"index": index} if call.is_batch else result
+def _streamed(call: GenerateCall, builders: Sequence[ResultBuilder], event: News) -> Result:
+    index, output, prompt_token_ids = event
+    result = builders[index].add(output, prompt_token_ids)
+    return result | {"index": index} if call.is_list else result
 
 
 @contextlib.contextmanager

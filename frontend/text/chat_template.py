@@ -43,6 +43,10 @@ def _to_json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+_END_OF_CONTENT = "\ue000caesura:end of content\ue000"
+"""Marks, in private-use characters, where the content of the final message ends in a prompt."""
+
+
 def _strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
@@ -71,16 +75,29 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: object,
     ) -> str:
         """The prompt for `messages`, special tokens spelled out; `variables` reach the template by
-        name.
+        name. With `continue_final_message` it ends where the last message's content does.
 
         Raises ChatTemplateError with the template's own words when it refuses the messages.
         """
+        if continue_final_message:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": f"{last['content']}{_END_OF_CONTENT}"}]
         try:
-            return self._template.render(
+            prompt = self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise ChatTemplateError(f"the chat template refused the messages: {error}") from error
+        if not continue_final_message:
+            return prompt
+        unfinished, mark, _ = prompt.rpartition(_END_OF_CONTENT)
+        if not mark:
+            raise ChatTemplateError(
+                "the chat template leaves out the final message, so it cannot be continued; "
+                "set continue_final_message=false"
+            )
+        return unfinished

@@ -11,7 +11,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from frontend.sampling_params import SamplingParams
 from frontend.text.detokenizer import IncrementalDetokenizer
@@ -19,8 +19,7 @@ from frontend.text.stop_strings import StopMatch, StopStrings
 from frontend.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessedDelta:
+class ProcessedDelta(NamedTuple):
     """What a delta of token ids comes to."""
 
     text: str

@@ -112,6 +112,10 @@ class Tokenizer:
         """`token_bytes` as text; U+FFFD stands for what is no character by itself."""
         return self._tables[False][token_id].decode("utf-8", "replace")
 
+    def token_spelling(self, token_id: int) -> str:
+        """How the vocabulary spells a token (`Ġworld`); empty for an id without token."""
+        return self._backend.id_to_token(token_id) or ""
+
     def bytes_table(self, *, skip_special_tokens: bool) -> TokenBytes:
         """The bytes of any token that continues a text."""
         return self._tables[skip_special_tokens]
@@ -129,10 +133,11 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: object,
     ) -> str:
         """The prompt text for `messages`, special tokens included (encode it without adding them
-        again).
+        again). With `continue_final_message` it ends where the last message's content does.
 
         Raises ChatTemplateError if the model has no template or its template refuses the messages.
         """
@@ -142,7 +147,10 @@ class Tokenizer:
                 "or put a chat_template.jinja into its directory"
             )
         return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, **variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
         )
 
     def _find_eos_token_ids(self, eos_token: str | None) -> tuple[int, ...]:

@@ -247,8 +247,9 @@ def test_shutdown_ends_every_request_with_abort() -> None:
     for n in range(4):
         driver.add(f"r{n}", [n], max_tokens=9)
     driver.step()
-    frames = driver.core.abort_everything(driver.now)
-    ended = [output for _, frame in frames for output in frame.outputs]
+    ((_, frame),) = driver.core.abort_everything(driver.now)
+    ended = frame.outputs
+    assert set(frame.finished_requests or ()) == {"r0", "r1", "r2", "r3"}
     assert {output.request_id for output in ended} == {"r0", "r1", "r2", "r3"}
     assert {output.finish_reason for output in ended} == {FinishReason.ABORT}
     driver.assert_idle_and_whole()
@@ -394,3 +395,4 @@ def test_L1_L2_L11_random_lives_end_once_with_right_tokens_and_leave_nothing(see
         assert tokens == expected_tokens(prompt, len(tokens))
         ends = driver.finish_reasons(request_id)
         assert len(ends) == (0 if request_id in silenced and not ends else 1)
+    assert sorted(driver.confirmed) == sorted((0, request_id) for request_id in prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -13,17 +14,21 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from frontend import cli
+from frontend.config import FrontendConfig, HttpConfig
 from ipc.engine_config import EngineConfig
-from ipc.logs import LEVEL_VARIABLE
+from ipc.logs import FORMAT_VARIABLE, LEVEL_VARIABLE
 from tests.support.scripted_frontend import REPOSITORY, ScriptedFrontend
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 CAESURA = (sys.executable, "-P", "-m", "frontend.cli")
 FAKE = ("--runner", "fake", "--port", "0", "--fake-step-time-ms", "5")
+LONG = {"prompt": [1, 2, 3], "max_tokens": 4000}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,6 +89,17 @@ async def rest_of(process: asyncio.subprocess.Process) -> str:
         ),
         ("serve --data-parallel-rpc-port 0", "data_parallel_rpc_port=0"),
         ("serve --stream-interval 0", "stream_interval=0"),
+        ("serve --max-num-queued-requests 0", "max_num_queued_requests=0"),
+        ("serve --max-num-queued-tokens -1", "max_num_queued_tokens=-1"),
+        ("serve --max-body-bytes 0", "max_body_bytes=0"),
+        ("serve --max-body-bytes 64MiB", "'64MiB'"),
+        ("serve --max-connections 0", "max_connections=0"),
+        ("serve --max-unread-tokens 0", "max_unread_tokens=0"),
+        ("serve --shutdown-timeout -1", "shutdown_timeout_s=-1.0"),
+        ("serve --shutdown-timeout nan", "shutdown_timeout_s=nan"),
+        ("serve --log-format xml", "choose from 'text', 'json'"),
+        ("serve --api-key=", "api_key=''"),
+        ("serve --admin-api-key=", "admin_api_key=''"),
         ("sing", "'sing'"),
         ("", "COMMAND"),
     ],
@@ -93,6 +109,80 @@ def test_a_wrong_flag_is_told_in_one_line_with_status_two(arguments: str, compla
     assert result.returncode == 2
     assert complaint in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key"])
+@pytest.mark.parametrize("key", ["two words", "schlüssel", "line\nline"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_told(flag: str, key: str) -> None:
+    result = run("serve", flag, key)
+    assert result.returncode == 2
+    assert "cannot be sent in a header" in result.stderr
+    assert key not in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_configuration_that_is_printed_keeps_its_keys_to_itself() -> None:
+    config = HttpConfig(api_key="open-sesame", admin_api_key="hush-hush")
+    assert "open-sesame" not in repr(config)
+    assert "hush-hush" not in repr(config)
+
+
+def configurations(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[Any, Any]:
+    """What the server would be started with."""
+    seen: list[tuple[Any, Any]] = []
+
+    def run_server(config: FrontendConfig, http: HttpConfig) -> int:
+        seen.append((config, http))
+        return 0
+
+    monkeypatch.setenv(FORMAT_VARIABLE, "text")
+    monkeypatch.setattr(cli, "configure_logging", lambda _: None)
+    monkeypatch.setattr(cli, "_run_server", run_server)
+    assert cli.main(["serve", *arguments]) == 0
+    [configs] = seen
+    return configs
+
+
+def test_what_no_flag_sets_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert configurations(monkeypatch) == (FrontendConfig(), HttpConfig())
+
+
+def test_every_flag_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, http = configurations(
+        monkeypatch,
+        *("--host", "::1", "--port", "81", "--api-key", "a", "--admin-api-key", "b"),
+        *("--max-body-bytes", "1", "--max-connections", "2", "--max-unread-tokens", "3"),
+        *("--shutdown-timeout", "1.5", "--strict-selectors", "--log-requests"),
+        *("--max-num-queued-requests", "4", "--max-num-queued-tokens", "5"),
+        *("--log-format", "json"),
+    )
+    assert http == HttpConfig(
+        host="::1",
+        port=81,
+        api_key="a",
+        admin_api_key="b",
+        max_body_bytes=1,
+        max_connections=2,
+        max_unread_tokens=3,
+        shutdown_timeout_s=1.5,
+        strict_selectors=True,
+        log_requests=True,
+    )
+    assert config == FrontendConfig(max_num_queued_requests=4, max_num_queued_tokens=5)
+    assert os.environ[FORMAT_VARIABLE] == "json"
+
+
+async def test_engines_log_in_the_form_that_the_server_was_told() -> None:
+    async with running("serve", *FAKE, "--log-format", "json") as process:
+        assert process.stderr is not None
+        lines: list[dict[str, Any]] = []
+        async with asyncio.timeout(30):
+            while {line["process"] for line in lines} != {"frontend", "engine 0"}:
+                lines.append(json.loads(await process.stderr.readline()))
+        process.send_signal(signal.SIGTERM)
+        for line in (await rest_of(process)).splitlines():
+            json.loads(line)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
 def test_a_model_that_is_nowhere_is_told_in_one_line(tmp_path: Path) -> None:
@@ -144,11 +234,10 @@ def test_too_long_a_path_of_a_unix_socket_is_told_with_the_reason(tmp_path: Path
 async def test_L2_a_signal_ends_requests_with_an_answer_and_the_server_with_status_zero(
     signal_number: signal.Signals,
 ) -> None:
-    async with running("serve", *FAKE) as process:
+    async with running("serve", *FAKE, "--shutdown-timeout", "0") as process:
         url = await read_until(process, r"serving \S+ at (http\S+)")
         async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-            body = {"prompt": [1, 2, 3], "max_tokens": 4000}
-            post = asyncio.create_task(http.post("/v1/completions", json=body))
+            post = asyncio.create_task(http.post("/v1/completions", json=LONG))
             await asyncio.sleep(0.2)
             process.send_signal(signal_number)
             assert (await post).status_code == 503
@@ -156,7 +245,36 @@ async def test_L2_a_signal_ends_requests_with_an_answer_and_the_server_with_stat
         assert await asyncio.wait_for(process.wait(), 10) == 0
 
 
-async def test_a_second_signal_ends_a_shutdown_that_takes_too_long(
+async def test_a_signal_lets_requests_end_by_themselves_within_the_grace() -> None:
+    async with running("serve", *FAKE, "--shutdown-timeout", "20") as process:
+        url = await read_until(process, r"serving \S+ at (http\S+)")
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            body = LONG | {"max_tokens": 200}
+            post = asyncio.create_task(http.post("/v1/completions", json=body))
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            answer = await post
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 200
+        assert "Traceback" not in await rest_of(process)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+async def test_a_second_signal_ends_the_grace_and_requests_still_get_their_answer() -> None:
+    async with running("serve", *FAKE, "--shutdown-timeout", "20") as process:
+        url = await read_until(process, r"serving \S+ at (http\S+)")
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            post = asyncio.create_task(http.post("/v1/completions", json=LONG))
+            await asyncio.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            await read_until(process, "shutting down")
+            process.send_signal(signal.SIGINT)
+            assert (await post).status_code == 503
+        assert "Traceback" not in await rest_of(process)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+
+
+async def test_a_third_signal_ends_a_shutdown_that_takes_too_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A step of ten seconds keeps the engine from ending in order."""
@@ -167,11 +285,12 @@ async def test_a_second_signal_ends_a_shutdown_that_takes_too_long(
     async with running("serve", *slow) as process:
         url = await read_until(process, r"serving \S+ at (http\S+)")
         async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-            body = {"prompt": [1, 2, 3], "max_tokens": 4000}
-            post = asyncio.create_task(http.post("/v1/completions", json=body))
+            post = asyncio.create_task(http.post("/v1/completions", json=LONG))
             await asyncio.sleep(0.2)
             process.send_signal(signal.SIGINT)
             await read_until(process, "shutting down")
+            process.send_signal(signal.SIGINT)
+            await asyncio.sleep(0.2)  # Two signals of a kind that wait together are one.
             process.send_signal(signal.SIGINT)
             assert await asyncio.wait_for(process.wait(), 5) == 130
             with pytest.raises(httpx.HTTPError):

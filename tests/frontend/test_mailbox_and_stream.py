@@ -19,7 +19,7 @@ def opened(**mailbox_options: int) -> tuple[Mailbox, RequestStream, list[str]]:
     mailbox = Mailbox("r", **mailbox_options)
     drops: list[str] = []
 
-    def drop() -> None:
+    def drop(_: object = None) -> None:
         drops.append("r")
 
     return mailbox, RequestStream(mailbox, drop=drop, drop_later=drop), drops
@@ -61,7 +61,7 @@ async def test_L1_the_terminal_comes_last_once_and_with_what_was_not_read() -> N
 
 async def test_a_result_gathers_everything() -> None:
     mailbox, stream, _ = opened()
-    mailbox.num_prompt_tokens = 7
+    mailbox.prompt_token_ids = [1] * 7
     mailbox.put("a", [1])
     task = asyncio.ensure_future(stream.result())
     await asyncio.sleep(0)

@@ -128,7 +128,7 @@ async def test_L1_L2_L11_L12_random_lives_all_end_once_and_leave_nothing_behind(
             reader.check()
         assert frontend.num_live_requests == 0
         registry = frontend._dispatcher.registry
-        assert (registry.num_orphans, registry.num_in_flight) == (0, [0, 0, 0])
+        assert (registry.num_ending, registry.num_in_flight) == (0, [0, 0, 0])
         assert not answers[0].live
         assert not answers[2].live
         ends = [reader.outputs[-1].finish_reason for reader in storm.readers if reader.outputs]

@@ -8,6 +8,17 @@ import math
 import pytest
 
 from frontend.sampling_params import SamplingParams
+from ipc import sampling_params as wire
+from ipc.codec import unpack
+
+
+def sent_by(
+    params: SamplingParams, eos_token_ids: tuple[int, ...] = (), *, num_tokens_left: int
+) -> wire.SamplingParams:
+    """What an engine reads of what it is sent."""
+    return wire.SamplingParams.from_wire(
+        unpack(params.to_wire(eos_token_ids, num_tokens_left=num_tokens_left))
+    )
 
 
 def test_the_defaults_ask_for_plain_sampling_without_limit() -> None:
@@ -80,7 +91,7 @@ def test_there_is_no_n() -> None:
 
 
 def test_an_engine_stops_on_the_first_eos_and_is_told_the_others_as_stop_tokens() -> None:
-    sent = SamplingParams(stop_token_ids=[9, 5]).to_wire((2, 5, 6), num_tokens_left=100)
+    sent = sent_by(SamplingParams(stop_token_ids=[9, 5]), (2, 5, 6), num_tokens_left=100)
     assert sent.eos_token_id == 2
     assert sent.stop_token_ids == (9, 5, 6)
     assert sent.all_stop_token_ids == {2, 5, 6, 9}
@@ -88,7 +99,7 @@ def test_an_engine_stops_on_the_first_eos_and_is_told_the_others_as_stop_tokens(
 
 def test_ignoring_eos_names_none_of_them_as_an_end_but_min_tokens_still_holds_them_back() -> None:
     params = SamplingParams(ignore_eos=True, stop_token_ids=[9])
-    sent = params.to_wire((2, 5), num_tokens_left=100)
+    sent = sent_by(params, (2, 5), num_tokens_left=100)
     assert sent.eos_token_id is None
     assert sent.stop_token_ids == (9,)
     assert sent.all_stop_token_ids == {2, 5, 9}
@@ -96,15 +107,15 @@ def test_ignoring_eos_names_none_of_them_as_an_end_but_min_tokens_still_holds_th
 
 
 def test_a_model_without_eos_has_none_to_send() -> None:
-    sent = SamplingParams().to_wire((), num_tokens_left=100)
+    sent = sent_by(SamplingParams(), (), num_tokens_left=100)
     assert sent.eos_token_id is None
     assert sent.all_stop_token_ids == frozenset()
 
 
 def test_max_tokens_is_bounded_by_the_room_in_the_context() -> None:
-    assert SamplingParams().to_wire(num_tokens_left=7).max_tokens == 7
-    assert SamplingParams(max_tokens=5).to_wire(num_tokens_left=7).max_tokens == 5
-    assert SamplingParams(max_tokens=50).to_wire(num_tokens_left=7).max_tokens == 7
+    assert sent_by(SamplingParams(), num_tokens_left=7).max_tokens == 7
+    assert sent_by(SamplingParams(max_tokens=5), num_tokens_left=7).max_tokens == 5
+    assert sent_by(SamplingParams(max_tokens=50), num_tokens_left=7).max_tokens == 7
 
 
 def test_stop_strings_stay_here_and_everything_else_is_sent() -> None:
@@ -123,7 +134,7 @@ def test_stop_strings_stay_here_and_everything_else_is_sent() -> None:
         logit_bias={4: -1.0},
         allowed_token_ids=[1, 2],
     )
-    sent = params.to_wire(num_tokens_left=9)
+    sent = sent_by(params, num_tokens_left=9)
     assert sent.stop == ()
     for name in set(_names()) - {"stop", "max_tokens"}:
         assert getattr(sent, name) == getattr(params, name), name

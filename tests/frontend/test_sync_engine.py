@@ -26,8 +26,8 @@ from frontend.errors import (
     PromptTooLongError,
 )
 from frontend.sampling_params import SamplingParams
+from frontend.sglang.calls import SamplingArgument
 from frontend.sync.engine import Engine
-from frontend.sync.sglang_requests import SamplingArgument
 from ipc.engine_config import EngineConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -102,6 +102,7 @@ def test_one_prompt_gives_one_dictionary(engine: Engine) -> None:
         "prompt_tokens": 3,
         "completion_tokens": 4,
         "cached_tokens": 0,
+        "weight_version": "default",
     }
 
 
@@ -195,19 +196,31 @@ def test_many_threads_generate_at_once(
     assert list(outputs) == [expected_tokens([n], 5 + n % 7) for n in range(1, 65)]
 
 
+def test_samples_of_prompts_are_one_flat_list_with_names_of_their_own(engine: Engine) -> None:
+    params = {"max_new_tokens": 2, "n": 2}
+    results = engine.generate(input_ids=[[5], [6]], sampling_params=params, rid=["a", "b"])
+    assert [r["output_ids"] for r in results] == [
+        expected_tokens(prompt, 2) for prompt in ([5], [5], [6], [6])
+    ]
+    assert [r["meta_info"]["id"] for r in results] == ["a_0", "a_1", "b_0", "b_1"]
+    streamed = list(engine.generate(input_ids=[5], sampling_params=params, stream=True))
+    assert {result["index"] for result in streamed} == {0, 1}
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either prompt or input_ids"),
-        ({"prompt": "a", "input_ids": [1]}, "either prompt or input_ids"),
+        ({}, "either a prompt text or input_ids"),
+        ({"prompt": "a", "input_ids": [1]}, "either a prompt text or input_ids"),
         ({"prompt": "a"}, "no tokenizer"),
         ({"input_ids": []}, "empty"),
         ({"input_ids": [[1], [2]], "sampling_params": [{}]}, "sampling_params has 1 entries for 2"),
         ({"input_ids": [1], "lora_path": "x"}, "lora_path='x' is not supported"),
-        ({"input_ids": [1], "logprob_start_len": 0}, "logprob_start_len=0 is not supported"),
+        ({"input_ids": [1], "cache_salt": "x"}, "cache_salt='x' is not supported"),
+        ({"input_ids": [1], "sampling_params": {"n": "2"}}, "n='2' must be an integer"),
     ],
 )
 def test_a_bad_call_is_refused_before_anything_is_accepted(
@@ -273,6 +286,28 @@ def test_L3_the_id_of_a_list_aborts_its_children_and_nobody_else(
     assert not any(bystander.done() for bystander in bystanders)
     engine.abort_request(["xy", "x_"])
     concurrent.futures.wait(bystanders, WAIT_S)
+    assert_nothing_runs(engine)
+
+
+def test_L3_a_prefix_or_a_tag_aborts_only_if_it_is_said_to_be_one(
+    engine: Engine, pool: concurrent.futures.ThreadPoolExecutor
+) -> None:
+    for rid, tags in (("job-1", ["day"]), ("job-2", ["night"]), ("other", ["night"])):
+        pool.submit(engine.generate, None, ENDLESS, [5], rid=rid, tags=tags)
+    pool.submit(engine.generate, None, ENDLESS | {"n": 2}, [5], rid="twins")
+    wait_until(lambda: num_live_requests(engine) == 5)
+
+    def aborted(rid: str = "", **selector: Any) -> set[str]:
+        receipt = engine.abort_request(rid, **selector)
+        assert receipt is not None
+        return {name for name, each in receipt.requests.items() if each.status == "aborted"}
+
+    assert aborted("job-") == set()
+    assert aborted("twins") == {"twins_0", "twins_1"}
+    assert aborted("job-", prefix=True) == {"job-1", "job-2"}
+    assert aborted(tag="night") == {"other"}
+    with pytest.raises(InvalidRequestError, match="not both"):
+        engine.abort_request("a", tag="night")
     assert_nothing_runs(engine)
 
 
@@ -457,3 +492,15 @@ def test_L2_the_bundled_model_streams_text_and_stops_at_a_stop_string() -> None:
         assert stopped["output_ids"] == whole["output_ids"][:num_tokens]
         assert stop in running.tokenizer.decode(stopped["output_ids"])
         assert stop not in running.tokenizer.decode(stopped["output_ids"][:-1])
+
+        prompt_ids = running.tokenizer.encode("def add(")
+        info = running.generate(
+            input_ids=prompt_ids,
+            sampling_params=greedy | {"max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=1,
+        )["meta_info"]
+        (first, *rest) = info["input_token_logprobs"]
+        assert first == (None, prompt_ids[1], None)
+        assert [token_id for _, token_id, _ in rest] == prompt_ids[2:]
+        assert all(logprob < 0 for logprob, _, _ in rest)

@@ -12,7 +12,7 @@ from ipc.abort import Abort, decode_abort, encode_abort
 from ipc.codec import MAX_PAYLOAD_BYTES, pack
 from ipc.errors import WireError
 from ipc.frames import InputError, RequestType, decode_input
-from ipc.request import EngineCoreRequest, SamplingParams, decode_add, encode_add
+from ipc.request import EngineCoreRequest, SamplingParams, decode_add, encode_add, encode_new
 from ipc.utility import UtilityCall, encode_utility
 
 ADD, ABORT, UTILITY = RequestType.ADD.frame, RequestType.ABORT.frame, RequestType.UTILITY.frame
@@ -247,3 +247,28 @@ def test_frames_may_be_views_of_memory() -> None:
 
 def test_an_input_error_is_a_wire_error() -> None:
     assert issubclass(InputError, WireError)
+
+
+def test_the_cheap_encoding_of_a_new_request_is_that_of_the_whole_object() -> None:
+    params = SamplingParams(temperature=0.5, stop_token_ids=(3,), all_stop_token_ids={3, 4})
+    whole = encode_add(
+        EngineCoreRequest(
+            request_id="r",
+            prompt_token_ids=[1, 2],
+            sampling_params=params,
+            arrival_time=1.5,
+            client_index=2,
+            priority=-1,
+            external_req_id="mine",
+        )
+    )
+    cheap = encode_new(
+        request_id="r",
+        prompt_token_ids=[1, 2],
+        sampling_params=params.to_wire(),
+        arrival_time=1.5,
+        client_index=2,
+        priority=-1,
+        external_req_id="mine",
+    )
+    assert cheap == whole

@@ -6,7 +6,7 @@ import pytest
 
 from ipc.codec import pack, unpack
 from ipc.errors import WireError
-from ipc.lifecycle import AbortReceipt, EngineStatus, RequestReceipt
+from ipc.lifecycle import AbortReceipt, EngineStatus, LiveRequest, LiveRequests, RequestReceipt
 
 
 def test_L5_an_abort_receipt_survives_the_wire() -> None:
@@ -37,6 +37,28 @@ def test_L11_an_engine_status_survives_the_wire() -> None:
     )
     assert EngineStatus.from_wire(unpack(pack(status.to_wire()))) == status
     assert EngineStatus.from_wire(status.to_wire()) == status
+
+
+def test_a_list_of_live_requests_survives_the_wire_in_its_order() -> None:
+    live = LiveRequests({"b": LiveRequest("decode", 7, num_preemptions=2), "a": LiveRequest("", 0)})
+    received = LiveRequests.from_wire(unpack(pack(live.to_wire())))
+    assert received == live
+    assert list(received.requests) == ["b", "a"]
+    assert LiveRequests.from_wire({}) == LiveRequests()
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ([], "live_requests: expected a map"),
+        ({5: {"stage": "decode", "num_output_tokens": 1}}, "live_requests: expected"),
+        ({"a": {"num_output_tokens": 1}}, r"live_requests\['a'\].stage"),
+        ({"a": {"stage": "decode"}}, r"live_requests\['a'\].num_output_tokens"),
+    ],
+)
+def test_a_bad_list_of_live_requests_is_refused_by_path(value: object, path: str) -> None:
+    with pytest.raises(WireError, match=path):
+        LiveRequests.from_wire(value)
 
 
 def test_unknown_keys_are_ignored_and_missing_counts_are_zero() -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from ipc.lifecycle import CAESURA_ABORT, AbortReceipt
+from ipc.lifecycle import CAESURA_ABORT, CAESURA_REQUESTS, AbortReceipt, LiveRequests
 from ipc.output import FinishReason
 from tests.support.auto_answers import AutoAnswers, mock_tokens
 from tests.support.mock_engine import MockEngine
@@ -129,10 +129,71 @@ async def test_automatic_answers_finish_abort_and_account_for_requests() -> None
         assert (await frontend.status()).num_running == 0
 
 
+async def test_L11_a_scripted_engine_confirms_each_end_once() -> None:
+    async with peers() as (frontend, [engine]):
+        for name in ("silent", "told"):
+            await frontend.add(name, [1])
+            await engine.next_add()
+        await frontend.abort(["silent", "unheard-of"])
+        await frontend.abort(["silent"])
+        for _ in range(2):
+            await engine.next_abort()
+        await engine.send_tokens("told", [1])
+        await engine.send_tokens("told", [2], finish=FinishReason.STOP)
+        await frontend.collect("told")
+        assert confirmed(frontend) == [["silent"], None, ["told"]]
+
+
+async def test_L11_a_scripted_engine_may_be_slow_to_confirm_and_a_foreign_one_never_does() -> None:
+    async with ScriptedFrontend() as frontend:
+        address = frontend.handshake_address
+        slow = MockEngine(address, rank=0, confirms_aborts=False)
+        foreign = MockEngine(address, rank=1, caesura=False)
+        try:
+            await asyncio.gather(frontend.accept(2, 5), slow.start(), foreign.start())
+            for rank, engine in enumerate((slow, foreign)):
+                await frontend.add(f"r{rank}", [1], rank=rank)
+                await frontend.abort([f"r{rank}"], rank=rank)
+                await engine.next_abort()
+            await foreign.send_tokens("other", [1], finish=FinishReason.STOP)
+            await frontend.collect("other")
+            assert confirmed(frontend) == [None]
+            await slow.confirm(["r0"])
+            await slow.send_tokens("last", [1], finish=FinishReason.STOP)
+            await frontend.collect("last")
+            assert confirmed(frontend) == [None, ["r0"], None]
+        finally:
+            await slow.vanish()
+            await foreign.vanish()
+
+
+async def test_L11_automatic_answers_confirm_each_end_once_and_list_who_is_live() -> None:
+    async with peers() as (frontend, [engine]), AutoAnswers(engine, step_time_ms=2):
+        for name in ("silent", "told", "live"):
+            await frontend.add(name, [1], max_tokens=100_000)
+            await frontend.next_output(name)
+        await frontend.abort(["silent", "unheard-of"])
+        await frontend.utility(CAESURA_ABORT, ["told", "silent"], "test")
+        live = LiveRequests.from_wire(await frontend.utility(CAESURA_REQUESTS))
+        assert list(live.requests) == ["live"]
+        assert live.requests["live"].num_output_tokens > 0
+        assert [ids for ids in confirmed(frontend) if ids is not None] == [["silent"], ["told"]]
+
+
+def confirmed(frontend: ScriptedFrontend) -> list[list[str] | None]:
+    """The ended requests that each frame names, replies left out."""
+    frames = [frame.outputs for frame in frontend.frames if frame.outputs is not None]
+    return [
+        None if outputs.finished_requests is None else list(outputs.finished_requests)
+        for outputs in frames
+        if outputs.utility_output is None
+    ]
+
+
 async def test_the_scripted_engine_runs_as_a_process() -> None:
     async with ScriptedFrontend() as frontend:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "tests.support.mock_engine", "--rank", "3"),
+            *(sys.executable, "-m", "tests.support.auto_answers", "--rank", "3"),
             *("--handshake", frontend.handshake_address, "--step-time-ms", "1"),
             cwd=REPOSITORY,
         )

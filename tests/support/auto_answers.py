@@ -3,15 +3,21 @@
     async with MockEngine(address) as engine, AutoAnswers(engine, step_time_ms=10):
         ...
 
+For load tests it also runs as a process, from the repository's root:
+
+    python -m tests.support.auto_answers --handshake tcp://127.0.0.1:13345 --rank 0
+
 Invariants
 - Messages take effect in arrival order, at a step boundary, never within a step.
 - A request ends once: with its `max_tokens`-th token (`length`), by an ABORT frame (no output
-  follows: vLLM's meaning), or by `caesura_abort` (a terminal output, then the receipt).
+  follows: vLLM's meaning), or by `caesura_abort` (a terminal output, then the receipt). A Caesura
+  engine confirms each end, in the frame of the terminal or, after an ABORT, in one of its own.
 - Token ids are `mock_tokens(prompt, n)`, so whoever receives them can check them.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 from collections import defaultdict, deque
@@ -22,7 +28,15 @@ from typing import Self
 
 from ipc import expect
 from ipc.abort import Abort
-from ipc.lifecycle import CAESURA_ABORT, CAESURA_STATUS, AbortReceipt, RequestReceipt
+from ipc.lifecycle import (
+    CAESURA_ABORT,
+    CAESURA_REQUESTS,
+    CAESURA_STATUS,
+    AbortReceipt,
+    LiveRequest,
+    LiveRequests,
+    RequestReceipt,
+)
 from ipc.output import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -37,6 +51,7 @@ from tests.support.mock_engine import Message, MockEngine
 
 DEFAULT_MAX_TOKENS = 16
 VOCAB_SIZE = 256
+CAESURA_METHODS = (CAESURA_ABORT, CAESURA_REQUESTS, CAESURA_STATUS)
 
 
 def mock_tokens(prompt_token_ids: Sequence[int], num_tokens: int, start: int = 0) -> list[int]:
@@ -132,8 +147,7 @@ class AutoAnswers:
         if isinstance(message, EngineCoreRequest):
             await self._add(message)
         elif isinstance(message, Abort):
-            for request_id in message.request_ids:
-                self.live.pop(request_id, None)
+            await self._abort_silently(message)
         elif isinstance(message, UtilityCall):
             await self._call(message)
         else:
@@ -156,15 +170,31 @@ class AutoAnswers:
         )
 
     async def _call(self, call: UtilityCall) -> None:
-        if not self._engine.caesura or call.method not in (CAESURA_ABORT, CAESURA_STATUS):
+        if not self._engine.caesura or call.method not in CAESURA_METHODS:
             await self._engine.reply(
                 call, failure=f"Call to {call.method} method failed: no attribute '{call.method}'"
             )
         elif call.method == CAESURA_STATUS:
             status = self._engine.make_status(num_running=len(self.live), num_steps=self.num_steps)
             await self._engine.reply(call, status.to_wire())
+        elif call.method == CAESURA_REQUESTS:
+            requests = {
+                request_id: LiveRequest("decode", live.num_output_tokens)
+                for request_id, live in self.live.items()
+                if live.request.client_index == call.client_index
+            }
+            await self._engine.reply(call, LiveRequests(requests).to_wire())
         else:
             await self._abort(call)
+
+    async def _abort_silently(self, message: Abort) -> None:
+        ended: dict[int, list[str]] = defaultdict(list)
+        for request_id in message.request_ids:
+            if (live := self.live.pop(request_id, None)) is not None:
+                ended[live.request.client_index].append(request_id)
+        if self._engine.caesura:
+            for client_index, request_ids in ended.items():
+                await self._engine.confirm(request_ids, client_index)
 
     async def _abort(self, call: UtilityCall) -> None:
         """End the requests with an output each, then hand over the receipt."""
@@ -187,3 +217,22 @@ class AutoAnswers:
 def _prefill_stats(request: EngineCoreRequest) -> PrefillStats:
     num_prompt_tokens = len(request.prompt_token_ids or ())
     return PrefillStats(num_prompt_tokens=num_prompt_tokens, num_computed_tokens=num_prompt_tokens)
+
+
+async def _serve(handshake_address: str, rank: int, step_time_ms: float) -> None:
+    async with MockEngine(handshake_address, rank=rank) as engine:
+        await AutoAnswers(engine, step_time_ms=step_time_ms).run()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="An engine that answers with made-up tokens.")
+    parser.add_argument("--handshake", required=True, help="the front end's handshake address")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--step-time-ms", type=float, default=10.0)
+    arguments = parser.parse_args()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(arguments.handshake, arguments.rank, arguments.step_time_ms))
+
+
+if __name__ == "__main__":
+    main()

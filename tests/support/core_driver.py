@@ -17,7 +17,15 @@ from engine_core.core import EngineCore, Input
 from engine_core.fake_runner import FakeRunner
 from engine_core.outbox import Outgoing
 from ipc.frames import Abort
-from ipc.lifecycle import CAESURA_ABORT, CAESURA_STATUS, AbortReceipt, EngineStatus
+from ipc.lifecycle import (
+    CAESURA_ABORT,
+    CAESURA_REQUESTS,
+    CAESURA_STATUS,
+    AbortReceipt,
+    EngineStatus,
+    LiveRequest,
+    LiveRequests,
+)
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, encode_outputs
 from ipc.request import EngineCoreRequest, SamplingParams
 from ipc.utility import UtilityCall, UtilityReply
@@ -51,6 +59,8 @@ class CoreDriver:
         self.outputs: defaultdict[str, list[EngineCoreOutput]] = defaultdict(list)
         self.tokens: defaultdict[str, list[int]] = defaultdict(list)
         self.replies: list[UtilityReply] = []
+        self.confirmed: list[tuple[int, str]] = []
+        """(client index, request id) of each end that was confirmed, in order."""
 
     # ── in ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -90,6 +100,10 @@ class CoreDriver:
         assert reply.failure_message is None
         return AbortReceipt.from_wire(reply.result)
 
+    def live_requests(self, client_index: int = 0) -> dict[str, LiveRequest]:
+        reply = self.call(CAESURA_REQUESTS, client_index=client_index)
+        return LiveRequests.from_wire(reply.result).requests
+
     def status(self) -> EngineStatus:
         return EngineStatus.from_wire(self.call(CAESURA_STATUS).result)
 
@@ -127,6 +141,11 @@ class CoreDriver:
                 assert not self.finish_reasons(output.request_id), "output after a terminal"
                 self.outputs[output.request_id].append(output)
                 self.tokens[output.request_id].extend(output.new_token_ids)
+            confirmed = frame.finished_requests or []
+            assert frame.finished_requests != [], "an empty list of ended requests"
+            told = [o.request_id for o in frame.outputs if o.finish_reason is not None]
+            assert set(told) <= set(confirmed), "a terminal whose request may still hold blocks"
+            self.confirmed.extend((client_index, request_id) for request_id in confirmed)
             if frame.utility_output is not None:
                 self.replies.append(frame.utility_output)
         return [frame for _, frame in outgoing]

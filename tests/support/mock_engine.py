@@ -8,21 +8,19 @@ A test of a front end opens it, reads what the front end sent, and answers by ha
         await engine.send_tokens(request.request_id, [13], finish=FinishReason.LENGTH)
         await engine.expect_silence(0.1)
 
-or lets `AutoAnswers` play a whole engine (tests/support/auto_answers.py). For load tests it also
-runs as a process, from the repository's root:
-
-    python -m tests.support.mock_engine --handshake tcp://127.0.0.1:13345 --rank 0
+or lets `AutoAnswers` play a whole engine (tests/support/auto_answers.py).
 
 Invariants
 - Every frame that arrives is kept in `received`, in order and with its time.
-- Nothing is sent that the test did not ask for, with one exception: `caesura_status`, the front
-  end's heartbeat, is answered at once and does not show up in `next_utility`.
+- Nothing is sent that the test did not ask for, with two exceptions. `caesura_status`, the front
+  end's heartbeat, is answered at once and does not show up in `next_utility`. And a Caesura engine
+  confirms each end once (`finished_requests`): of live ids in an ABORT frame as that arrives
+  (`confirms_aborts=False` leaves it to `confirm`), of others in the frame of their terminal.
 - Every wait is bounded.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import time
@@ -111,6 +109,7 @@ class MockEngine:
         rank: int = 0,
         local: bool = False,
         caesura: bool = True,
+        confirms_aborts: bool = True,
         registration: Mapping[str, Any] | None = None,
     ) -> None:
         """Not yet started.
@@ -125,6 +124,8 @@ class MockEngine:
         self.received: list[ReceivedFrame] = []
         self.on_message: Callable[[Message], None] | None = None
         """If set, takes every message in place of `next_add`, `next_abort`, `next_utility`."""
+        self._confirms_aborts = caesura and confirms_aborts
+        self._live: set[str] = set()
         self._handshake_address = handshake_address
         self._local = local
         self._registration = dict(registration or {})
@@ -167,7 +168,10 @@ class MockEngine:
             connect_dealer(self._context, address, self._identity) for address in init.inputs
         ]
         self._outputs = [connect_push(self._context, address) for address in init.outputs]
-        self._readers = [asyncio.create_task(self._read(socket)) for socket in self._inputs]
+        self._readers = [
+            asyncio.create_task(self._read(client_index, socket))
+            for client_index, socket in enumerate(self._inputs)
+        ]
 
     async def register(self, payload: bytes | None = None) -> None:
         """Announce this engine on every input socket; `payload` replaces a right registration."""
@@ -214,7 +218,7 @@ class MockEngine:
                 unread.append(queue.get_nowait())
         assert not unread, f"engine {self.rank} expected silence but received {unread}"
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+    async def _read(self, client_index: int, socket: zmq.asyncio.Socket) -> None:
         while True:
             frames = tuple(await socket.recv_multipart())
             try:
@@ -222,12 +226,17 @@ class MockEngine:
             except InputError as error:
                 message = error
             self.received.append(ReceivedFrame(time.monotonic(), frames, message))
+            if isinstance(message, EngineCoreRequest):
+                self._live.add(message.request_id)
             if self.on_message is not None:
                 self.on_message(message)
             elif isinstance(message, EngineCoreRequest):
                 self._unread_adds.put_nowait(message)
             elif isinstance(message, Abort):
                 self._unread_aborts.put_nowait(list(message.request_ids))
+                ended = [name for name in message.request_ids if name in self._live]
+                if ended and self._confirms_aborts:
+                    await self.confirm(ended, client_index)
             elif isinstance(message, InputError):
                 self._unread_errors.append(message)
             elif message.method == CAESURA_STATUS and self.caesura:
@@ -270,8 +279,20 @@ class MockEngine:
 
     async def send(self, outputs: EngineCoreOutputs, client_index: int = 0) -> None:
         """One frame, stamped with this engine's rank and the time."""
+        ended = [
+            output.request_id
+            for output in outputs.outputs
+            if output.finish_reason is not None and output.request_id in self._live
+        ]
+        if ended and self.caesura and outputs.finished_requests is None:
+            outputs = replace(outputs, finished_requests=ended)
+        self._live.difference_update(outputs.finished_requests or ())
         stamped = replace(outputs, engine_index=self.rank, timestamp=time.monotonic())
         await self._outputs[client_index].send_multipart(encode_outputs(stamped))
+
+    async def confirm(self, request_ids: Sequence[str], client_index: int = 0) -> None:
+        """Tell that these requests ended and hold no blocks any more."""
+        await self.send(EngineCoreOutputs(finished_requests=request_ids), client_index)
 
     async def send_frame(self, *frames: bytes, client_index: int = 0) -> None:
         """Raw bytes on the output socket: for what no correct engine would send."""
@@ -320,25 +341,3 @@ class MockEngine:
         trace: TracebackType | None,
     ) -> None:
         await self.vanish()
-
-
-async def _serve(handshake_address: str, rank: int, step_time_ms: float) -> None:
-    # Imported here because it builds on this module.
-    from tests.support.auto_answers import AutoAnswers
-
-    async with MockEngine(handshake_address, rank=rank) as engine:
-        await AutoAnswers(engine, step_time_ms=step_time_ms).run()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="An engine that answers with made-up tokens.")
-    parser.add_argument("--handshake", required=True, help="the front end's handshake address")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--step-time-ms", type=float, default=10.0)
-    arguments = parser.parse_args()
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(arguments.handshake, arguments.rank, arguments.step_time_ms))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,312 @@
+"""HTTP/1.1 on one socket: requests in, answers out, hang-ups noticed the moment they happen.
+
+A protocol of our own on httptools' parser, for two reasons: a token of a stream costs one write and
+no task, and a client that goes away, by FIN, RST or a half-close, ends its request within the very
+callback that tells of it.
+
+Invariants
+- Requests on one connection are answered one at a time, in order; pipelined ones wait, also for
+  the client to read the answers before theirs.
+- Reading never stops while a request is being answered, so that a hang-up is seen.
+- What a client may make the server hold is bounded: head, body, pipelined requests, unread answers,
+  idle time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections import deque
+from email.utils import formatdate
+from typing import Protocol, cast
+
+from frontend.http.errors import ApiError
+from frontend.http.exchange import Exchange
+from frontend.http.request_reader import RequestReader
+from frontend.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 65.0
+"""Longer than the usual 60 s of load balancers, so that they are the ones to close."""
+REQUEST_TIMEOUT_S = 60.0
+"""A request must have arrived within this time from its first byte."""
+STALL_TIMEOUT_S = 300.0
+"""A client that lets an answer wait for so long, without reading any of it, is gone."""
+DRAIN_TIMEOUT_S = 30.0
+"""A client may take this long to read what is left of the last answer on its connection."""
+MAX_PIPELINED = 16
+NOT_SENT_LOW_WATER_BYTES = 128 * 1024
+"""What the kernel may hold of a stream that its client does not read; Linux's default is megabytes
+of tokens that nobody may ever want."""
+
+
+class Service(Protocol):
+    """What answers requests."""
+
+    def screen(self, exchange: Exchange) -> None:
+        """A request's head arrived. Raises ApiError to refuse it before its body is read."""
+
+    def handle(self, exchange: Exchange) -> None:
+        """A request arrived; its answer may come later. Must not raise."""
+
+
+class Connections:
+    """The open connections of a server."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        max_body_bytes: int,
+        max_connections: int,
+        max_unread_tokens: int,
+        metrics: Metrics,
+    ) -> None:
+        self.service = service
+        self.metrics = metrics
+        self.max_unread_tokens = max_unread_tokens
+        self.max_body_bytes = max_body_bytes
+        self.max_connections = max_connections
+        self.open: set[Connection] = set()
+        self.is_closing = False
+        self.all_closed = asyncio.Event()
+        """Set when none is open, once the server is stopping."""
+        self._date = (0, b"")
+
+    def __call__(self) -> Connection:
+        """The protocol of a new connection, for `loop.create_server`."""
+        return Connection(self)
+
+    def date_header(self) -> bytes:
+        now = int(time.time())
+        if now != self._date[0]:
+            self._date = (now, f"date: {formatdate(now, usegmt=True)}\r\n".encode())
+        return self._date[1]
+
+    def close_overdue(self, now: float) -> None:
+        """End connections that are idle or too slow; to be called about once a second."""
+        for connection in [one for one in self.open if one.due_s < now]:
+            connection.expire()
+
+    def close_idle(self) -> None:
+        """The server is stopping: close every connection, once what it answers is answered."""
+        self.is_closing = True
+        for connection in list(self.open):
+            connection.close_when_idle()
+        self._note_closed()
+
+    def add(self, connection: Connection) -> bool:
+        """False if it cannot be served."""
+        if self.is_closing:
+            return False
+        if len(self.open) >= self.max_connections:
+            self.metrics.on_refused("max_connections")
+            logger.warning("refused a connection: %d are open", len(self.open))
+            return False
+        self.open.add(connection)
+        return True
+
+    def remove(self, connection: Connection) -> None:
+        self.open.discard(connection)
+        self._note_closed()
+
+    def _note_closed(self) -> None:
+        if self.is_closing and not self.open:
+            self.all_closed.set()
+
+    def abort_all(self) -> None:
+        for connection in list(self.open):
+            connection.abort()
+
+
+class Connection(asyncio.Protocol):
+    """The server's side of one connection; the `Outlet` of its exchanges."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._loop = asyncio.get_running_loop()
+        self._reader = RequestReader(self, max_body_bytes=connections.max_body_bytes)
+        self._transport: asyncio.Transport
+        self.is_writable = True
+        self.peer_is_local = False
+        self.due_s = float("inf")
+        """When to end the connection, unless something happens."""
+        self._active: Exchange | None = None
+        self._waiting: deque[tuple[Exchange, ApiError | None]] = deque()
+        """Requests whose turn has not come, some with an error to be answered with."""
+        self._is_open = False
+        """Answers may be written; what is written later goes nowhere."""
+        self._is_half_closed = False
+        """By the client."""
+
+    # -- the socket ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        if not self._connections.add(self):
+            self._transport.abort()
+            return
+        self._is_open = True
+        self._set_due(REQUEST_TIMEOUT_S)
+        self.peer_is_local = peer_is_local(transport)
+        _limit_unsent(transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+
+    def eof_received(self) -> bool:
+        """A half-close is a hang-up; but what no hang-up stops, as a control call, is answered."""
+        self._is_half_closed = True
+        self._lose_client()
+        if self._active is None:
+            self._close()
+        else:
+            self._active.keep_alive = False
+        return True  # The transport is closed here.
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_open = False
+        self._connections.remove(self)
+        self._lose_client()
+
+    def _lose_client(self) -> None:
+        """The client went away: whoever asked to be told is told."""
+        self._reader.stop()
+        self._waiting.clear()
+        active = self._active
+        if active is not None and (active.on_hang_up is not None or not self._is_open):
+            self._active = None
+            active.hang_up()
+
+    def pause_writing(self) -> None:
+        self.is_writable = False
+        if self._active is not None:
+            self._set_due(STALL_TIMEOUT_S)
+
+    def resume_writing(self) -> None:
+        self.is_writable = True
+        if self._active is None:
+            self._begin_next()
+            return
+        self.due_s = float("inf")
+        if self._active.on_writable is not None:
+            self._active.on_writable()
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def on_request_begins(self) -> None:
+        if self._active is None and not self._waiting:
+            self._set_due(REQUEST_TIMEOUT_S)
+
+    def screen(self, exchange: Exchange) -> None:
+        self._connections.service.screen(exchange)
+
+    def on_expectation(self) -> None:
+        if self._active is None and not self._waiting:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_request(self, exchange: Exchange, refusal: ApiError | None) -> None:
+        if refusal is None and self._waiting:
+            num_bytes = sum(len(waiting.body) for waiting, _ in self._waiting) + len(exchange.body)
+            most = self._connections.max_body_bytes
+            if len(self._waiting) >= MAX_PIPELINED or num_bytes > most:
+                raise ApiError(
+                    429, f"more than {MAX_PIPELINED} requests or {most} bytes wait; await answers"
+                )
+        self._waiting.append((exchange, refusal))
+        if len(self._waiting) == 1:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        """Begin the next request, if it is time and there is one."""
+        if self._active is None and self._waiting and self.is_writable:
+            exchange, refusal = self._waiting.popleft()
+            self._active = exchange
+            self.due_s = float("inf")
+            if refusal is not None:
+                refusal.answer(exchange)
+            else:
+                self._connections.service.handle(exchange)
+
+    # -- answers -------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        if self._is_open:
+            self._transport.write(data)
+
+    @property
+    def max_unread_tokens(self) -> int:
+        return self._connections.max_unread_tokens
+
+    def date_header(self) -> bytes:
+        return self._connections.date_header()
+
+    def on_answered(self, exchange: Exchange) -> None:
+        self._active = None
+        if not exchange.keep_alive or (self._connections.is_closing and not self._waiting):
+            self._close()
+            return
+        self._set_due(KEEP_ALIVE_S)
+        if self._waiting:
+            # Not from within the answer: a thousand pipelined requests are no recursion.
+            self._loop.call_soon(self._begin_next)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        """Send what is left and close. A client that does not read it is cut off in the end."""
+        self._reader.stop()
+        self._waiting.clear()
+        self._set_due(DRAIN_TIMEOUT_S)
+        self._is_open = False
+        if self._reader.was_cut_off and not self._is_half_closed:
+            # The client may be sending still: closed now, its socket would throw our answer away.
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def close_when_idle(self) -> None:
+        """The server is stopping."""
+        self._reader.stop()
+        if self._active is None and not self._waiting:
+            self._is_open = False
+            self._transport.close()
+        else:
+            last = self._waiting[-1][0] if self._waiting else self._active
+            assert last is not None
+            last.keep_alive = False
+
+    def expire(self) -> None:
+        """It is overdue."""
+        if self._active is None and not self._waiting and self._reader.is_amid_request:
+            error = ApiError(408, f"the request did not arrive within {REQUEST_TIMEOUT_S:g} s")
+            self._reader.refuse(error)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        self._is_open = False
+        self._transport.abort()
+
+    def _set_due(self, timeout_s: float) -> None:
+        self.due_s = self._loop.time() + timeout_s
+
+
+def peer_is_local(transport: asyncio.BaseTransport) -> bool:
+    """Whether the client is on this machine."""
+    peer = transport.get_extra_info("peername")
+    if not isinstance(peer, tuple):
+        return True  # A Unix socket.
+    host: str = peer[0]
+    return host == "::1" or host.removeprefix("::ffff:").startswith("127.")
+
+
+def _limit_unsent(transport: asyncio.BaseTransport) -> None:
+    """Let a slow reader be felt here early, where outputs merge and aborts act."""
+    raw = transport.get_extra_info("socket")
+    if raw is not None and raw.family != socket.AF_UNIX:
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+        raw.setsockopt(socket.IPPROTO_TCP, option, NOT_SENT_LOW_WATER_BYTES)

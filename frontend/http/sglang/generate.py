@@ -1,0 +1,149 @@
+"""SGLang's `POST /generate`: text or token ids in, cumulative results out.
+
+A field that is not known here, or asks for what Caesura does not do, is refused, unless it is null
+or false.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+from frontend.async_engine import AsyncEngine
+from frontend.errors import DuplicateRequestIdError
+from frontend.http.access import Access
+from frontend.http.bodies import read_body
+from frontend.http.errors import ApiError
+from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER, Exchange
+from frontend.http.generation import generate
+from frontend.http.router import Route
+from frontend.http.sglang.events import GenerateForm
+from frontend.sglang.calls import NOT_SUPPORTED, GenerateCall, read_call
+from frontend.sglang.results import LogprobEntry
+
+RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_LENGTH)]
+
+
+class SglangGenerateBody(msgspec.Struct, kw_only=True):
+    """Either `text` or `input_ids`; what is no list holds for all prompts."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    """SGLang's, `n` among them; `max_new_tokens` is 128 if left out."""
+    rid: RequestId | list[RequestId] | None = None
+    """The request's id, or that of its batch, whose requests are then `rid_0`, `rid_1`, ..."""
+    stream: bool | None = None
+    return_logprob: bool | list[bool] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    logprob_start_len: int | list[int] | None = None
+    """From which position of the prompt on its log-probabilities are told; -1 tells none."""
+    return_text_in_logprobs: bool = False
+    priority: int | None = None
+    """A higher one runs first."""
+    tags: list[str] = []
+    """By which requests can be aborted; SGLang's own server has none."""
+    timeout_s: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    """The age at which a request is aborted, with its partial result; likewise Caesura's own."""
+
+
+class MetaInfo(msgspec.Struct, omit_defaults=True):
+    id: str
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    weight_version: str
+    e2e_latency: float
+    """Seconds."""
+    input_token_logprobs: list[LogprobEntry] = []
+    """(logprob, token id, text if asked for) of the prompt's tokens; the first has none."""
+    output_token_logprobs: list[LogprobEntry] = []
+    input_top_logprobs: list[list[LogprobEntry] | None] = []
+    output_top_logprobs: list[list[LogprobEntry]] = []
+
+
+class SglangResult(msgspec.Struct, omit_defaults=True):
+    """A list of these for a list of prompts, or with `n` above 1."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | None = None
+    """In a stream of several requests: whose event this is."""
+
+
+def routes(engine: AsyncEngine) -> list[Route]:
+    tokenizer = engine.tokenizer
+    token_text = None if tokenizer is None else tokenizer.token_text
+
+    def handle(exchange: Exchange) -> None:
+        body = read_body(exchange.body, SglangGenerateBody)
+        header_id = exchange.headers.get(REQUEST_ID_HEADER) or None
+        call = _read_call(body, _other_fields(exchange.body), header_id)
+        form = GenerateForm(call, token_text)
+        try:
+            generate(exchange, engine, call.requests, form, stream=bool(body.stream))
+        except DuplicateRequestIdError as error:
+            message = f"Duplicate request ID detected: {error}"
+            raise ApiError(400, message, param="rid") from None
+
+    return [
+        Route(
+            method=method,
+            path="/generate",
+            handler=handle,
+            summary="Generate from one prompt or several",
+            tag="SGLang",
+            access=Access.CLIENT,
+            body=SglangGenerateBody,
+            reply=SglangResult | list[SglangResult],
+            event=SglangResult,
+        )
+        for method in ("POST", "PUT")
+    ]
+
+
+def _read_call(
+    body: SglangGenerateBody, others: Mapping[str, object], header_id: str | None
+) -> GenerateCall:
+    try:
+        call = read_call(
+            body.text,
+            body.input_ids,  # type: ignore[arg-type]  # mixed lists are refused with their tokens
+            body.sampling_params,
+            return_logprob=body.return_logprob,
+            top_logprobs_num=body.top_logprobs_num,
+            logprob_start_len=body.logprob_start_len,
+            return_text_in_logprobs=body.return_text_in_logprobs,
+            rid=body.rid,
+            call_name=header_id,
+            priority=body.priority,
+            tags=body.tags,
+            timeout_s=body.timeout_s,
+            others=others,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
+    if not call.requests:
+        raise ApiError(400, "the list of prompts is empty; give at least one")
+    return call
+
+
+def _other_fields(body: bytes) -> dict[str, object]:
+    """Those of SGLang's fields that have no place in `SglangGenerateBody`."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    others: dict[str, object] = {}
+    for name in fields.keys() - set(SglangGenerateBody.__struct_fields__):
+        value = msgspec.json.decode(fields[name])
+        if name in NOT_SUPPORTED:
+            others[name] = value
+        elif value not in (None, False):
+            nearest = difflib.get_close_matches(
+                name, SglangGenerateBody.__struct_fields__, 1, cutoff=0
+            )
+            raise ApiError(400, f"unknown field {name!r}; did you mean {nearest[0]!r}?", param=name)
+    return others

@@ -1,0 +1,88 @@
+"""Every request that holds something, as the front end and its engines know it together.
+
+The front end knows ids, names and ages; where in an engine a request is, only that engine knows. An
+engine that does not answer in time leaves the front end's own view.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import cast, get_args
+
+from frontend.errors import EngineDeadError, UtilityCallError
+from frontend.outputs import LiveRequest, Stage
+from frontend.requests.dispatcher import Dispatcher
+from frontend.requests.registry import Entry
+from ipc import lifecycle
+from ipc.errors import WireError
+
+logger = logging.getLogger(__name__)
+
+ENGINE_TIMEOUT_S = 1.0
+
+
+async def list_requests(dispatcher: Dispatcher) -> list[LiveRequest]:
+    """Live requests in order of acceptance, then those that are ending."""
+    told = await _ask_engines(dispatcher)
+    now = asyncio.get_running_loop().time()
+    live = [_describe(entry, told.get(entry.internal_id), now) for entry in dispatcher.registry]
+    ending = [
+        LiveRequest(
+            request_id=one.entry.request_id,
+            aliases=_aliases(one.entry),
+            tags=tuple(sorted(one.entry.tags)),
+            stage="ending",
+            age_s=now - one.entry.accepted_s,
+            num_prompt_tokens=len(one.entry.mailbox.prompt_token_ids),
+            num_output_tokens=one.entry.num_output_tokens,
+            engine_index=one.engine_index,
+            priority=one.entry.priority,
+            aborting_cause=one.cause,
+            aborting_for_s=now - one.ended_s,
+        )
+        for one in dispatcher.registry.ending
+    ]
+    return live + ending
+
+
+def _describe(entry: Entry, told: lifecycle.LiveRequest | None, now: float) -> LiveRequest:
+    stage = entry.stage
+    if told is not None and told.stage in get_args(Stage):
+        stage = cast(Stage, told.stage)
+    is_aborting = entry.abort_cause is not None
+    return LiveRequest(
+        request_id=entry.request_id,
+        aliases=_aliases(entry),
+        tags=tuple(sorted(entry.tags)),
+        stage=stage,
+        age_s=now - entry.accepted_s,
+        num_prompt_tokens=len(entry.mailbox.prompt_token_ids),
+        num_output_tokens=entry.num_output_tokens,
+        engine_index=entry.engine_index,
+        priority=entry.priority,
+        aborting_cause=entry.abort_cause,
+        aborting_for_s=now - entry.abort_started_s if is_aborting else None,
+    )
+
+
+def _aliases(entry: Entry) -> tuple[str, ...]:
+    return tuple(name for name in entry.names if name != entry.request_id)
+
+
+async def _ask_engines(dispatcher: Dispatcher) -> dict[str, lifecycle.LiveRequest]:
+    """By internal id."""
+    ranks = dispatcher.alive_engines - dispatcher.foreign_engines
+    calls = {rank: dispatcher.client.start_call(rank, lifecycle.CAESURA_REQUESTS) for rank in ranks}
+    if calls:
+        await asyncio.wait(calls.values(), timeout=ENGINE_TIMEOUT_S)
+    told: dict[str, lifecycle.LiveRequest] = {}
+    for rank, call in calls.items():
+        if not call.done():
+            call.cancel()
+            continue
+        try:
+            told |= lifecycle.LiveRequests.from_wire(call.result()).requests
+        except (UtilityCallError, EngineDeadError, WireError) as error:
+            logger.warning("engine %d did not list its requests: %s", rank, error)
+    return told

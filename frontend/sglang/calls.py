@@ -1,0 +1,210 @@
+"""SGLang's `generate` call: one prompt or a batch of them, read as requests.
+
+Everything but the prompts may be given once for all of them or as a list with one entry a prompt.
+With `n` above 1 a prompt becomes that many requests, and the answer is one flat list, all samples
+of the first prompt first.
+
+Names: a request is called by its own `rid`. A string that names several requests is the name of
+their batch; the requests themselves are `rid_0`, `rid_1`, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from frontend.errors import InvalidRequestError
+from frontend.requests.intake import NewRequest
+from frontend.sampling_params import SamplingParams
+
+MAX_SAMPLES = 4096
+"""The most requests that one call may become through `n`."""
+
+NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("image_data", "audio_data", "video_data", "input_embeds"), (None,)),
+    **dict.fromkeys(("lora_path", "lora_id", "modalities", "session_params"), (None,)),
+    **dict.fromkeys(("custom_logit_processor", "token_ids_logprob", "extra_key"), (None,)),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room"), (None,)),
+    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "external_trace_header"), (None,)),
+    **dict.fromkeys(("session_id", "cache_salt"), (None,)),
+    **dict.fromkeys(("return_hidden_states", "return_routed_experts", "background"), (None, False)),
+    "routed_experts_start_len": (None, 0),
+    "log_metrics": (None, True, False),
+}
+"""SGLang's arguments without a counterpart here, with the values that ask for nothing."""
+
+SamplingArgument = SamplingParams | Mapping[str, object] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """One call."""
+
+    requests: tuple[NewRequest, ...]
+    is_list: bool
+    """Whether the answer is a list: the prompts came as one, or a prompt has several samples."""
+    return_text_in_logprobs: bool = False
+    logprob_starts: tuple[int, ...]
+    """For each request the first position of the prompt whose log-probability is told, if any is.
+    """
+    started_at_s: float = field(default_factory=time.monotonic)
+
+
+def read_call(
+    prompt: str | Sequence[str] | None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    sampling_params: SamplingArgument | Sequence[SamplingArgument],
+    *,
+    return_logprob: bool | Sequence[bool] | None = None,
+    top_logprobs_num: int | Sequence[int] | None = None,
+    logprob_start_len: int | Sequence[int] | None = None,
+    return_text_in_logprobs: bool = False,
+    rid: str | Sequence[str] | None = None,
+    call_name: str | None = None,
+    priority: int | None = None,
+    tags: Sequence[str] = (),
+    timeout_s: float | None = None,
+    others: Mapping[str, object] | None = None,
+) -> GenerateCall:
+    """Sort out the arguments of `generate`.
+
+    `call_name` is a further name of the whole call. `others` are those of SGLang's arguments that
+    have no parameter here; they may only ask for nothing. A higher `priority` runs first.
+
+    Raises InvalidRequestError or ValueError for bad values and TypeError for an unknown argument.
+    """
+    for name, value in (others or {}).items():
+        if name not in NOT_SUPPORTED:
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        if value not in NOT_SUPPORTED[name]:
+            raise InvalidRequestError(f"{name}={value!r:.80} is not supported; leave it out")
+    texts, ids, is_batch = _prompts(prompt, input_ids)
+    num = len(texts)
+    starts = _one_each("logprob_start_len", logprob_start_len, num)
+    columns = zip(
+        _one_each("sampling_params", sampling_params, num),
+        _one_each("return_logprob", return_logprob, num),
+        _one_each("top_logprobs_num", top_logprobs_num, num),
+        starts,
+        strict=True,
+    )
+    samples: list[list[SamplingParams]] = []
+    total = 0
+    for column in columns:
+        samples.append(_samples(*column))
+        total += len(samples[-1])
+        if total > max(num, MAX_SAMPLES):
+            raise InvalidRequestError(
+                f"n: the samples of {num} prompts exceed {MAX_SAMPLES} in all; make several calls"
+            )
+    is_list = is_batch or any(len(each) > 1 for each in samples)
+    rid = rid or call_name
+    names = _names(rid, [len(each) for each in samples], is_list=is_list, call_name=call_name)
+    is_alias = isinstance(rid, str) and call_name not in (None, rid)
+    requests = tuple(
+        NewRequest(
+            prompt=text,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            request_id=request_id,
+            batch_id=batch_id,
+            aliases=(call_name,) if call_name is not None and is_alias else (),
+            priority=-(priority or 0),  # here a lower one runs first
+            tags=tags,
+            timeout_s=timeout_s,
+        )
+        for text, token_ids, each in zip(texts, ids, samples, strict=True)
+        for params, (request_id, batch_id) in zip(each, names, strict=False)
+    )
+    return GenerateCall(
+        requests=requests,
+        is_list=is_list,
+        return_text_in_logprobs=return_text_in_logprobs,
+        logprob_starts=tuple(
+            max(0, start or 0) for start, each in zip(starts, samples, strict=True) for _ in each
+        ),
+    )
+
+
+def _prompts(
+    prompt: str | Sequence[str] | None, input_ids: Sequence[int] | Sequence[Sequence[int]] | None
+) -> tuple[list[str | None], list[Sequence[int] | None], bool]:
+    """Texts and token ids, one of them set for each prompt, and whether they came as a list."""
+    if (prompt is None) == (input_ids is None):
+        raise InvalidRequestError("give either a prompt text or input_ids, one of them")
+    if not isinstance(prompt, Sequence | None):
+        raise InvalidRequestError(f"prompt must be a str or a list of them, not {prompt!r:.80}")
+    if prompt is not None:
+        is_batch = not isinstance(prompt, str)
+        texts: list[str | None] = [prompt] if isinstance(prompt, str) else list(prompt)
+        return texts, [None] * len(texts), is_batch
+    assert input_ids is not None
+    num_lists = sum(isinstance(entry, Sequence) for entry in input_ids)
+    is_batch = num_lists > 0
+    if is_batch and num_lists < len(input_ids):
+        raise InvalidRequestError("input_ids mixes token ids and lists of them; give one kind")
+    ids: list[Sequence[int] | None]
+    ids = list(input_ids) if is_batch else [input_ids]  # type: ignore[arg-type, list-item]
+    return [None] * len(ids), ids, is_batch
+
+
+def _names(
+    rid: str | Sequence[str] | None,
+    num_samples: Sequence[int],
+    *,
+    is_list: bool,
+    call_name: str | None,
+) -> Iterator[tuple[str | None, str | None]]:
+    """For each request of the call (its id, the id of its batch)."""
+    total = sum(num_samples)
+    if not rid:
+        yield from [(None, None)] * total
+    elif isinstance(rid, str):
+        yield from ((f"{rid}_{i}", rid) for i in range(total)) if is_list else ((rid, None),)
+    else:
+        for own, num in zip(_one_each("rid", rid, len(num_samples)), num_samples, strict=True):
+            if num == 1:
+                yield own or None, call_name
+            else:
+                yield from _names(own, [num], is_list=True, call_name=None)
+
+
+def _samples(
+    params: SamplingArgument,
+    return_logprob: bool | None,
+    top_logprobs_num: int | None,
+    logprob_start_len: int | None,
+) -> list[SamplingParams]:
+    """The parameters of each sample of one prompt; seeded ones differ by their seed."""
+    num_samples = 1
+    if not isinstance(params, SamplingParams):
+        params = dict(params or {})
+        if (given := params.pop("n", None)) is not None:
+            if type(given) is not int or not 1 <= given <= MAX_SAMPLES:
+                raise InvalidRequestError(
+                    f"n={given!r:.80} must be an integer from 1 to {MAX_SAMPLES}"
+                )
+            num_samples = given
+        params = SamplingParams.from_sglang(params)
+    if return_logprob:
+        num_top = top_logprobs_num or 0
+        params = dataclasses.replace(params, logprobs=num_top)
+        if logprob_start_len is not None and logprob_start_len >= 0:
+            params = dataclasses.replace(params, prompt_logprobs=num_top)
+    if (seed := params.seed) is None:
+        return [params] * num_samples
+    return [dataclasses.replace(params, seed=seed + index) for index in range(num_samples)]
+
+
+def _one_each(name: str, value: Any, num: int) -> list[Any]:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != num:
+            raise InvalidRequestError(
+                f"{name} has {len(value)} entries for {num} prompts; "
+                "give one for each, or a single one for all"
+            )
+        return list(value)
+    return [value] * num
