@@ -26,20 +26,19 @@ from frontend.engines.engine_client import EngineClient
 from frontend.engines.supervisor import EngineSupervisor
 from frontend.errors import (
     EngineDeadError,
-    UtilityCallError,
+    ShuttingDownError,
 )
 from frontend.metrics import Metrics
 from frontend.outputs import AbortCause, AbortReceipt, LiveRequest, Terminal
 from frontend.requests.admission import Admission
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.explicit_abort import ExplicitAborts, Selector
+from frontend.requests.inspection import engine_statuses, list_requests
 from frontend.requests.intake import NewRequest, RequestIntake
-from frontend.requests.listing import list_requests
 from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
 from frontend.text.tokenizer import Tokenizer
-from ipc.errors import WireError
-from ipc.lifecycle import CAESURA_STATUS, EngineStatus
+from ipc.lifecycle import EngineStatus
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +66,9 @@ class AsyncEngine:
         self._grace_is_over = asyncio.Event()
         self._is_shut_down = False
         registrations = dispatcher.client.registrations
-        dispatcher.foreign_engines = {
+        dispatcher.foreign_engines.update(
             rank for rank, peer in registrations.items() if peer.caesura_protocol is None
-        }
+        )
         self.max_model_len = min(peer.max_model_len for peer in registrations.values())
         self._intake = RequestIntake(
             dispatcher,
@@ -217,24 +216,7 @@ class AsyncEngine:
         """What each living Caesura engine says of itself, its books checked; an engine that does
         not answer rightly and in time is left out.
         """
-        client = self._dispatcher.client
-        ranks = sorted(self._dispatcher.alive_engines - self._dispatcher.foreign_engines)
-        calls = {rank: client.start_call(rank, CAESURA_STATUS) for rank in ranks}
-        if calls:
-            await asyncio.wait(calls.values(), timeout=timeout_s)
-        statuses = {}
-        for rank, call in calls.items():
-            if not call.done():
-                call.cancel()
-                continue
-            try:
-                status = statuses[rank] = EngineStatus.from_wire(call.result())
-            except (UtilityCallError, EngineDeadError, WireError) as error:
-                logger.warning("engine %d did not tell its status: %s", rank, error)
-                continue
-            num_violations = status.counters.get("integrity_violations", 0)
-            self.metrics.on_integrity_violations(rank, num_violations)
-        return statuses
+        return await engine_statuses(self._dispatcher, timeout_s)
 
     async def list_requests(self) -> list[LiveRequest]:
         """Every request that holds something, here or in an engine, in order of acceptance; those
@@ -245,6 +227,10 @@ class AsyncEngine:
     @property
     def metrics(self) -> Metrics:
         return self._dispatcher.metrics
+
+    def log_requests(self) -> None:
+        """From now on, log the end of each request."""
+        self._dispatcher.request_log.level = logging.INFO
 
     @property
     def is_healthy(self) -> bool:
@@ -275,7 +261,7 @@ class AsyncEngine:
 
     def _check_serving(self) -> None:
         if self._shutdown is not None:
-            raise EngineDeadError("the server is shutting down; send the request elsewhere")
+            raise ShuttingDownError("the server is shutting down; send the request elsewhere")
         if not self._dispatcher.alive_engines:
             raise EngineDeadError("no engine is alive; restart the server")
 

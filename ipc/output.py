@@ -217,7 +217,7 @@ def decode_outputs(frames: Frames) -> EngineCoreOutputs:
 
 
 def _rows_from_wire(rows: list[object], frames: Frames) -> list[EngineCoreOutput]:
-    outputs = []
+    outputs: list[EngineCoreOutput] = []
     append, make, max_token_id = outputs.append, tuple.__new__, expect.MAX_TOKEN_ID
     for index, row in enumerate(rows):
         # Nearly every row only streams one token; the general path would cost ten times as much.

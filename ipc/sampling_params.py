@@ -144,15 +144,13 @@ def check_fields(fields: Mapping[str, object]) -> dict[str, Any]:
 
 def encode_fields(fields: Mapping[str, Any]) -> bytes:
     """The MessagePack map of a `SamplingParams` with these checked fields, and defaults."""
-    entries = []
-    for name, key, default, always in _WIRE_FIELDS:
-        if name in fields:
-            value = fields[name]
-            if always or value != default:
-                entries.append(key + pack(sorted(value) if isinstance(value, frozenset) else value))
-        elif always:
-            entries.append(key + _PACKED_ALWAYS[name])
-    return b"\xde" + len(entries).to_bytes(2, "big") + b"".join(entries)
+    entries = _ALWAYS_ENTRIES.copy()
+    for name, value in fields.items():
+        place, key, default, always = _WIRE_FIELDS[name]
+        if always or value != default:
+            entries[place] = key + pack(sorted(value) if isinstance(value, frozenset) else value)
+    in_order = map(entries.__getitem__, sorted(entries))
+    return b"\xde" + len(entries).to_bytes(2, "big") + b"".join(in_order)
 
 
 def _check_together(
@@ -295,8 +293,14 @@ _NAMES: dict[object, str] = {("_" + name if name in _PRIVATE else name): name fo
 
 # vLLM's constructor moves these four off their defaults, so they always appear.
 _ALWAYS_WRITTEN = ("stop", "stop_token_ids", "bad_words", "skip_reading_prefix_cache")
-_PACKED_ALWAYS = {name: pack(getattr(SamplingParams(), name)) for name in _ALWAYS_WRITTEN}
-_WIRE_FIELDS = tuple(
-    (field.name, pack(key), field.default, field.name in _ALWAYS_WRITTEN)
-    for key, field in zip(_NAMES, dataclasses.fields(SamplingParams), strict=True)
-)
+_WIRE_FIELDS = {
+    field.name: (place, pack(key), field.default, field.name in _ALWAYS_WRITTEN)
+    for place, (key, field) in enumerate(
+        zip(_NAMES, dataclasses.fields(SamplingParams), strict=True)
+    )
+}
+_ALWAYS_ENTRIES = {
+    place: key + pack(getattr(SamplingParams(), name))
+    for name, (place, key, _, always) in _WIRE_FIELDS.items()
+    if always
+}

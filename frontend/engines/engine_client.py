@@ -35,6 +35,9 @@ from ipc.utility import UtilityCall, UtilityReply, encode_utility
 logger = logging.getLogger(__name__)
 
 _CONNECTION_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+# As plain integers: pyzmq's own flags are enums, which cost more to combine than a send.
+_LAST = int(zmq.NOBLOCK)
+_NOT_LAST = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
 CLIENT_INDEX = 0
 """The front end is one process."""
 
@@ -168,7 +171,11 @@ class EngineClient:
         if not engine.is_connected:
             raise EngineDeadError(f"engine {rank} is dead")
         try:
-            self._input_socket.send_multipart([engine.identity, *frames], zmq.NOBLOCK)
+            send = self._input_socket.send
+            send(engine.identity, _NOT_LAST)
+            for frame in frames[:-1]:
+                send(frame, _NOT_LAST)
+            send(frames[-1], _LAST)
         except zmq.ZMQError as error:
             reason = f"engine {rank} cannot be reached: {error}"
             self._loop.call_soon(self._events.on_engine_dead, rank, reason)

@@ -4,6 +4,7 @@ Invariants
 - With an API key, every route but the open ones needs a key.
 - Control routes, which act on other people's requests, need the admin key if there is one, else the
   API key; without any key they serve this machine alone.
+- A request that a proxy or a web page sends from this machine does not count as this machine's.
 - Keys are compared in constant time and never logged.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 from enum import Enum
+from urllib.parse import urlsplit
 
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
@@ -41,7 +43,7 @@ class AccessRules:
         elif access is Access.ADMIN:
             if self._admin_key is not None:
                 self._require(exchange, self._admin_key)
-            elif not exchange.peer_is_local:
+            elif not _is_from_this_machine(exchange):
                 raise ApiError(
                     403,
                     "control routes serve only this machine while no key is set; start the server "
@@ -49,6 +51,15 @@ class AccessRules:
                 )
 
     def _require(self, exchange: Exchange, *keys: str) -> None:
-        given = exchange.headers.get("authorization", "").encode("latin-1")
-        if not any(secrets.compare_digest(given, f"Bearer {key}".encode()) for key in keys):
+        scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
+        token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if not any(secrets.compare_digest(token, key.encode()) for key in keys):
             raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
+
+
+def _is_from_this_machine(exchange: Exchange) -> bool:
+    headers = exchange.headers
+    if not exchange.peer_is_local or "forwarded" in headers or "x-forwarded-for" in headers:
+        return False
+    origin = headers.get("origin")  # Sent by browsers, of the page that makes the request.
+    return origin is None or urlsplit(origin).netloc == headers.get("host")

@@ -83,6 +83,8 @@ class _Answer:
 
     def _listen(self, on_news: Callable[[int, RequestStream], None]) -> None:
         for index, stream in enumerate(self._streams):
+            if self._exchange.is_finished:
+                return  # The news of another one ended the call.
             stream.listen(partial(self._call, on_news, index, stream))
 
     def _call(

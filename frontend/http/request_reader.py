@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -65,6 +66,7 @@ class RequestReader:
         self._headers: dict[str, str] = {}
         self._exchange: Exchange | None = None
         """Set once the head has arrived."""
+        self._head_without_upgrade = b""
         self._refusal: ApiError | None = None
         self._body: list[bytes] = []
         self._num_body_bytes = 0
@@ -84,9 +86,11 @@ class RequestReader:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                # There is no protocol to change to: the client goes on with HTTP/1.1.
+                # There is no protocol to change to. httptools takes all that follows the head,
+                # even its body, for the other protocol; so the request is read once more.
+                data = self._head_without_upgrade + data[upgrade.args[0] :]
                 self._parser = httptools.HttpRequestParser(self)
-                data = data[upgrade.args[0] :]
+                self._reset()
                 continue
             except httptools.HttpParserCallbackError as error:
                 cause = error.__context__
@@ -132,10 +136,14 @@ class RequestReader:
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
+        method = self._parser.get_method()
+        if self._parser.should_upgrade() and method != b"CONNECT":
+            self._head_without_upgrade = _plain_head(method, self._url, self._headers)
+            return
         path, query_string = _split(self._url.decode("latin-1"))
         exchange = self._exchange = Exchange(
             self._receiver,
-            self._parser.get_method().decode("latin-1"),
+            method.decode("latin-1"),
             path,
             query_string,
             self._headers,
@@ -166,13 +174,25 @@ class RequestReader:
 
     def on_message_complete(self) -> None:
         exchange, refusal = self._exchange, self._refusal
-        assert exchange is not None
+        if exchange is None:
+            return  # It is read once more.
         exchange.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._receiver.on_request(exchange, refusal)
         self._reset()
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body exceeds {self._max_body_bytes} bytes")
+
+
+def _plain_head(method: bytes, target: bytes, headers: Mapping[str, str]) -> bytes:
+    """An HTTP/1.1 head that asks for no other protocol."""
+    plain = [method + b" " + target + b" HTTP/1.1"]
+    for name, value in headers.items():
+        if name == "connection":
+            value = "close" if "close" in value.lower() else "keep-alive"
+        if name != "upgrade":
+            plain.append(f"{name}: {value}".encode("latin-1"))
+    return b"\r\n".join([*plain, b"", b""])
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -61,7 +61,8 @@ class Router:
     def __init__(self, routes: Iterable[Route], rules: AccessRules) -> None:
         self.routes = tuple(routes)
         self._rules = rules
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.running: set[asyncio.Task[None]] = set()
+        """Handlers that are coroutines."""
         by_path: dict[str, dict[str, Route]] = {}
         self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
         for route in self.routes:
@@ -88,8 +89,8 @@ class Router:
             return
         if running is not None:
             task = asyncio.get_running_loop().create_task(_run(exchange, route, running))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.running.add(task)
+            task.add_done_callback(self.running.discard)
 
     def _find(self, exchange: Exchange) -> Route:
         methods = self._by_path.get(exchange.path) or self._match(exchange)

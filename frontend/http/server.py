@@ -59,6 +59,8 @@ class HttpServer:
             metrics=engine.metrics,
         )
         engine.metrics.num_connections = lambda: len(connections.open)
+        if http.log_requests:
+            engine.log_requests()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(connections, sock=listener, backlog=BACKLOG)
         return cls(server, connections)

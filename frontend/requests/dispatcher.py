@@ -25,18 +25,15 @@ from frontend.engines.engine_client import EngineClient
 from frontend.errors import EngineDeadError
 from frontend.metrics import Metrics
 from frontend.outputs import AbortCause, FinishReasonName, Stage, Terminal, TokenLogprobs
-from frontend.requests.abort_queue import AbortQueue
+from frontend.requests.auto_aborts import AutoAborts
 from frontend.requests.balancer import Balancer
 from frontend.requests.logprobs import token_logprobs
 from frontend.requests.registry import Entry, RequestRegistry
-from ipc.abort import encode_abort
+from frontend.requests.request_log import RequestLog
 from ipc.errors import WireError
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, OutputError
 
 logger = logging.getLogger(__name__)
-
-NUM_IDS_LOGGED = 4
-"""Flushes of so few ids name them in their log line; larger ones do at debug level."""
 
 _FINISH_REASONS: dict[FinishReason, FinishReasonName] = {
     FinishReason.STOP: "stop",
@@ -61,12 +58,15 @@ class Dispatcher:
         self.is_closing = False
         self.on_idle: Callable[[], None] | None = None
         """Called when the last live request has ended."""
-        self.request_log_level = logging.DEBUG
-        """At which each request's end is logged."""
+        self.request_log = RequestLog()
         self._loop = asyncio.get_running_loop()
         self._balancer = Balancer(num_engines)
-        self._abort_queue = AbortQueue()
-        self._flush_timer: asyncio.TimerHandle | None = None
+        self._auto_aborts = AutoAborts(
+            self.registry,
+            self.metrics,
+            self.foreign_engines,
+            lambda engine_index, frames: self.client.send(engine_index, frames),
+        )
         self._with_unprocessed: list[Entry] = []
 
     # -- from clients --------------------------------------------------------------------------
@@ -101,7 +101,12 @@ class Dispatcher:
         """Undo an acceptance that nobody was told of; an engine that knows already is told."""
         entry.leave_queue()
         if self.registry.remove_running(entry, AbortCause.REFUSED, self._loop.time()):
-            self._queue_abort(entry.internal_id, AbortCause.REFUSED)
+            self._auto_aborts.push(entry.internal_id, AbortCause.REFUSED)
+
+    def close(self) -> None:
+        """No engine serves from now on, and that they end is no fault."""
+        self.is_closing = True
+        self.alive_engines.clear()
 
     def end_unsent(self, entry: Entry, terminal: Terminal) -> None:
         """End a request that no engine knows. Nothing happens if it has ended."""
@@ -119,7 +124,7 @@ class Dispatcher:
         self.on_turn_end()
         for entry in entries:
             self._end(entry, terminal, abort_in_engine=terminal.abort_cause)
-        self.flush_aborts()
+        self._auto_aborts.flush()
 
     # -- from engines --------------------------------------------------------------------------
 
@@ -271,100 +276,24 @@ class Dispatcher:
         if entry.processor is not None and terminal.finish_reason in ("abort", "error"):
             # Text held back for a stop string belongs to the partial result.
             entry.mailbox.put(entry.processor.process((), True).text, (), is_last=True)
-        self._note_end(entry, terminal, abort_in_engine, stage, now)
+        self._note_end(entry, abort_in_engine, stage, now)
         entry.mailbox.finish(terminal)
         if self.on_idle is not None and not self.registry:
             self.on_idle()
         if abort_in_engine is not None and entry.engine_index is not None:
-            self._queue_abort(entry.internal_id, abort_in_engine)
+            self._auto_aborts.push(entry.internal_id, abort_in_engine)
 
     def _note_end(
-        self,
-        entry: Entry,
-        terminal: Terminal,
-        abort_in_engine: AbortCause | None,
-        stage: Stage,
-        now: float,
+        self, entry: Entry, abort_in_engine: AbortCause | None, stage: Stage, now: float
     ) -> None:
-        age_s, num_prompt_tokens = now - entry.accepted_s, len(entry.mailbox.prompt_token_ids)
-        self.metrics.on_end(
-            terminal.finish_reason, age_s, num_prompt_tokens, entry.num_output_tokens
-        )
-        cause = terminal.abort_cause or abort_in_engine
+        assert entry.terminal is not None
+        reason, age_s = entry.terminal.finish_reason, now - entry.accepted_s
+        num_prompt_tokens = len(entry.mailbox.prompt_token_ids)
+        self.metrics.on_end(reason, age_s, num_prompt_tokens, entry.num_output_tokens)
+        cause = entry.terminal.abort_cause or abort_in_engine
         if cause is not None:
             self.metrics.on_abort(cause, stage)
-        if logger.isEnabledFor(self.request_log_level):
-            logger.log(
-                self.request_log_level,
-                "request %s ended: %s (cause %s, stage %s, %d output tokens, %.3f s)",
-                entry.request_id,
-                terminal.finish_reason,
-                cause,
-                stage,
-                entry.num_output_tokens,
-                age_s,
-                extra={
-                    "request_id": entry.request_id,
-                    "finish_reason": terminal.finish_reason,
-                    "abort_cause": cause,
-                    "stage": stage,
-                    "num_prompt_tokens": num_prompt_tokens,
-                    "num_output_tokens": entry.num_output_tokens,
-                    "age_s": round(age_s, 6),
-                    "engine": entry.engine_index,
-                },
-            )
-
-    # -- auto-aborts ---------------------------------------------------------------------------
-
-    def _queue_abort(self, internal_id: str, cause: AbortCause) -> None:
-        self._abort_queue.push(internal_id, cause, self._loop.time())
-        if self._flush_timer is None:
-            due_at = self._abort_queue.due_at
-            assert due_at is not None
-            self._flush_timer = self._loop.call_at(due_at, self._flush_if_due)
-
-    def _flush_if_due(self) -> None:
-        self._flush_timer = None
-        due_at = self._abort_queue.due_at
-        if due_at is None:
-            return
-        if due_at > self._loop.time():
-            self._flush_timer = self._loop.call_at(due_at, self._flush_if_due)
-        else:
-            self.flush_aborts()
-
-    def close(self) -> None:
-        """No engine serves from now on, and that they end is no fault."""
-        self.is_closing = True
-        self.alive_engines.clear()
-
-    def flush_aborts(self) -> None:
-        """Send every waiting auto-abort now."""
-        frames, num_by_cause = self._abort_queue.drain(self.registry.claim_for_abort)
-        for frame in frames:
-            try:
-                self.client.send(frame.engine_index, encode_abort(frame.request_ids))
-            except EngineDeadError as error:
-                logger.warning(
-                    "abort frame to engine %d failed (%s); ids: %s",
-                    frame.engine_index,
-                    error,
-                    ", ".join(frame.request_ids),
-                )
-                continue
-            self.metrics.on_abort_frame(len(frame.request_ids))
-            logger.debug("abort frame to engine %d: %s", frame.engine_index, frame.request_ids)
-            if frame.engine_index in self.foreign_engines:
-                for internal_id in frame.request_ids:
-                    self.registry.end(internal_id)
-        if frames:
-            causes = ", ".join(f"{cause.value}: {count}" for cause, count in num_by_cause.items())
-            ids = [request_id for frame in frames for request_id in frame.request_ids]
-            named = f": {', '.join(ids)}" if len(ids) <= NUM_IDS_LOGGED else ""
-            logger.info(
-                "aborted %d requests, %d frames (%s)%s", len(ids), len(frames), causes, named
-            )
+        self.request_log.note_end(entry, cause, stage, age_s)
 
 
 def _terminal(

@@ -92,6 +92,9 @@ class RequestIntake:
         self._max_model_len = max_model_len
         self._stream_interval = stream_interval
         self._on_deadline = on_deadline
+        self._id_suffix = secrets.token_hex(4)
+        """Of this front end alone; with a number behind it, of one request for ever."""
+        self._num_accepted = 0
         self._loop = asyncio.get_running_loop()
 
     def accept(self, requests: Sequence[NewRequest]) -> list[Entry]:
@@ -134,9 +137,11 @@ class RequestIntake:
             raise
 
     def _new_entry(self, new: NewRequest) -> Entry:
-        request_id = new.request_id if new.request_id is not None else secrets.token_hex(8)
+        self._num_accepted += 1
+        suffix = f"{self._id_suffix}{self._num_accepted:x}"
+        request_id = new.request_id if new.request_id is not None else suffix
         return Entry(
-            internal_id=f"{request_id}-{secrets.token_hex(4)}",
+            internal_id=f"{request_id}-{suffix}",
             request_id=request_id,
             mailbox=Mailbox(request_id, self._stream_interval, is_final_only=new.is_final_only),
             accepted_s=self._loop.time(),

@@ -100,12 +100,13 @@ class Mailbox:
             logprobs = tuple(self._logprobs)
             self._logprobs.clear()
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, ()
-        num_prompt_tokens, terminal = len(self.prompt_token_ids), self._terminal
-        common = (self.request_id, text, token_ids, logprobs, num_prompt_tokens)
+        head = (self.request_id, text, token_ids, logprobs, len(self.prompt_token_ids))
+        terminal = self._terminal
         if terminal is None:
-            return RequestOutput(*common, self.num_cached_tokens, prompt_logprobs=prompt_logprobs)
+            end = None, None, None, None
+            return RequestOutput(*head, self.num_cached_tokens, *end, prompt_logprobs)
         return RequestOutput(
-            *common,
+            *head,
             self.num_cached_tokens,
             terminal.finish_reason,
             terminal.stop_reason,

@@ -1,4 +1,4 @@
-"""Every request that holds something, as the front end and its engines know it together.
+"""Looking inside: every request that holds something, and every engine's own account of itself.
 
 The front end knows ids, names and ages; where in an engine a request is, only that engine knows. An
 engine that does not answer in time leaves the front end's own view.
@@ -72,17 +72,46 @@ def _aliases(entry: Entry) -> tuple[str, ...]:
 
 async def _ask_engines(dispatcher: Dispatcher) -> dict[str, lifecycle.LiveRequest]:
     """By internal id."""
-    ranks = dispatcher.alive_engines - dispatcher.foreign_engines
-    calls = {rank: dispatcher.client.start_call(rank, lifecycle.CAESURA_REQUESTS) for rank in ranks}
-    if calls:
-        await asyncio.wait(calls.values(), timeout=ENGINE_TIMEOUT_S)
     told: dict[str, lifecycle.LiveRequest] = {}
+    answers = await _call_all(dispatcher, lifecycle.CAESURA_REQUESTS, ENGINE_TIMEOUT_S)
+    for rank, answer in answers.items():
+        try:
+            told |= lifecycle.LiveRequests.from_wire(answer).requests
+        except WireError as error:
+            logger.warning("engine %d listed its requests wrongly: %s", rank, error)
+    return told
+
+
+async def engine_statuses(
+    dispatcher: Dispatcher, timeout_s: float
+) -> dict[int, lifecycle.EngineStatus]:
+    """By rank, for those that answer rightly and in time."""
+    statuses = {}
+    answers = await _call_all(dispatcher, lifecycle.CAESURA_STATUS, timeout_s)
+    for rank, answer in answers.items():
+        try:
+            status = statuses[rank] = lifecycle.EngineStatus.from_wire(answer)
+        except WireError as error:
+            logger.warning("engine %d told its status wrongly: %s", rank, error)
+            continue
+        num_violations = status.counters.get("integrity_violations", 0)
+        dispatcher.metrics.on_integrity_violations(rank, num_violations)
+    return statuses
+
+
+async def _call_all(dispatcher: Dispatcher, method: str, timeout_s: float) -> dict[int, object]:
+    """What each living Caesura engine answers in time, by rank."""
+    ranks = sorted(dispatcher.alive_engines - dispatcher.foreign_engines)
+    calls = {rank: dispatcher.client.start_call(rank, method) for rank in ranks}
+    if calls:
+        await asyncio.wait(calls.values(), timeout=timeout_s)
+    answers = {}
     for rank, call in calls.items():
         if not call.done():
             call.cancel()
             continue
         try:
-            told |= lifecycle.LiveRequests.from_wire(call.result()).requests
-        except (UtilityCallError, EngineDeadError, WireError) as error:
-            logger.warning("engine %d did not list its requests: %s", rank, error)
-    return told
+            answers[rank] = call.result()
+        except (UtilityCallError, EngineDeadError) as error:
+            logger.warning("engine %d did not answer %s: %s", rank, method, error)
+    return answers
