@@ -218,7 +218,8 @@ def decode_outputs(frames: Frames) -> EngineCoreOutputs:
 
 def _rows_from_wire(rows: list[object], frames: Frames) -> list[EngineCoreOutput]:
     outputs: list[EngineCoreOutput] = []
-    append, make, max_token_id = outputs.append, tuple.__new__, expect.MAX_TOKEN_ID
+    append, make, output_type = outputs.append, tuple.__new__, EngineCoreOutput
+    tail, max_token_id = _STREAMING_TAIL, expect.MAX_TOKEN_ID
     for index, row in enumerate(rows):
         # Nearly every row only streams one token; the general path would cost ten times as much.
         if type(row) is list and (len(row) == 2 or _is_streaming(row)):
@@ -226,7 +227,7 @@ def _rows_from_wire(rows: list[object], frames: Frames) -> list[EngineCoreOutput
             if type(request_id) is str and type(token_ids) is list and len(token_ids) == 1:
                 token_id = token_ids[0]
                 if type(token_id) is int and 0 <= token_id <= max_token_id:
-                    append(make(EngineCoreOutput, (request_id, token_ids, *_STREAMING_TAIL)))
+                    append(make(output_type, (request_id, token_ids) + tail))  # noqa: RUF005 (faster)
                     continue
         append(_row_from_wire(row, frames, f"outputs.outputs[{index}]"))
     return outputs

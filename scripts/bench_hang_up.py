@@ -20,7 +20,6 @@ The exit status is 1 if a hang-up was missed or met its request at another stage
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import random
@@ -38,9 +37,9 @@ from scripts.http_bench.servers import (
     HOST,
     Server,
     default_servers,
-    make_parser,
     free_port,
     launched,
+    make_parser,
     serving,
 )
 from scripts.http_bench.tap import Frame, Tap

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
 from collections import deque
 from email.utils import formatdate
@@ -25,6 +24,7 @@ from typing import Protocol, cast
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.request_reader import RequestReader
+from frontend.http.sockets import limit_unsent, peer_is_local
 from frontend.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -38,9 +38,6 @@ STALL_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 30.0
 """A client may take this long to read what is left of the last answer on its connection."""
 MAX_PIPELINED = 16
-NOT_SENT_LOW_WATER_BYTES = 128 * 1024
-"""What the kernel may hold of a stream that its client does not read; Linux's default is megabytes
-of tokens that nobody may ever want."""
 
 
 class Service(Protocol):
@@ -152,7 +149,7 @@ class Connection(asyncio.Protocol):
         self._is_open = True
         self._set_due(REQUEST_TIMEOUT_S)
         self.peer_is_local = peer_is_local(transport)
-        _limit_unsent(transport)
+        limit_unsent(transport)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -293,20 +290,3 @@ class Connection(asyncio.Protocol):
 
     def _set_due(self, timeout_s: float) -> None:
         self.due_s = self._loop.time() + timeout_s
-
-
-def peer_is_local(transport: asyncio.BaseTransport) -> bool:
-    """Whether the client is on this machine."""
-    peer = transport.get_extra_info("peername")
-    if not isinstance(peer, tuple):
-        return True  # A Unix socket.
-    host: str = peer[0]
-    return host == "::1" or host.removeprefix("::ffff:").startswith("127.")
-
-
-def _limit_unsent(transport: asyncio.BaseTransport) -> None:
-    """Let a slow reader be felt here early, where outputs merge and aborts act."""
-    raw = transport.get_extra_info("socket")
-    if raw is not None and raw.family != socket.AF_UNIX:
-        option = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
-        raw.setsockopt(socket.IPPROTO_TCP, option, NOT_SENT_LOW_WATER_BYTES)

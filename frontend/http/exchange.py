@@ -147,7 +147,9 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         """More of the stream."""
-        self._outlet.write(self._framed(data))
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._outlet.write(data)
 
     def finish(self, last: bytes = b"") -> None:
         """The end of the stream, with its last bytes."""

@@ -273,7 +273,8 @@ class Dispatcher:
         entry.leave_queue()
         if entry.deadline is not None:
             entry.deadline.cancel()
-        if entry.processor is not None and terminal.finish_reason in ("abort", "error"):
+        is_read = terminal.abort_cause is not AbortCause.DROPPED_STREAM
+        if is_read and entry.processor is not None and terminal.finish_reason in ("abort", "error"):
             # Text held back for a stop string belongs to the partial result.
             entry.mailbox.put(entry.processor.process((), True).text, (), is_last=True)
         self._note_end(entry, abort_in_engine, stage, now)

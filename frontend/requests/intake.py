@@ -11,7 +11,6 @@ behind.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from frontend.errors import (
     OverloadedError,
     PromptTooLongError,
 )
+from frontend.ids import new_id
 from frontend.outputs import Terminal
 from frontend.requests.admission import Admission
 from frontend.requests.dispatcher import Dispatcher
@@ -92,9 +92,6 @@ class RequestIntake:
         self._max_model_len = max_model_len
         self._stream_interval = stream_interval
         self._on_deadline = on_deadline
-        self._id_suffix = secrets.token_hex(4)
-        """Of this front end alone; with a number behind it, of one request for ever."""
-        self._num_accepted = 0
         self._loop = asyncio.get_running_loop()
 
     def accept(self, requests: Sequence[NewRequest]) -> list[Entry]:
@@ -137,8 +134,7 @@ class RequestIntake:
             raise
 
     def _new_entry(self, new: NewRequest) -> Entry:
-        self._num_accepted += 1
-        suffix = f"{self._id_suffix}{self._num_accepted:x}"
+        suffix = new_id()
         request_id = new.request_id if new.request_id is not None else suffix
         return Entry(
             internal_id=f"{request_id}-{suffix}",

@@ -99,6 +99,7 @@ class RequestStream:
         output = self._mailbox.take()
         if output is not None and output.finish_reason is not None:
             self._is_done = True
+            self._mailbox.stop_listening()  # It held the reader, which holds this stream.
         return output
 
     def listen(self, on_news: Callable[[], object]) -> None:

@@ -24,8 +24,8 @@ MAX_SAMPLES = 4096
 """The most requests that one call may become through `n`."""
 
 NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("image_data", "audio_data", "video_data", "input_embeds"), (None,)),
-    **dict.fromkeys(("lora_path", "lora_id", "modalities", "session_params"), (None,)),
+    **dict.fromkeys(("image_data", "audio_data", "video_data", "modalities"), (None, [])),
+    **dict.fromkeys(("lora_path", "lora_id", "input_embeds", "session_params"), (None,)),
     **dict.fromkeys(("custom_logit_processor", "token_ids_logprob", "extra_key"), (None,)),
     **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room"), (None,)),
     **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "external_trace_header"), (None,)),

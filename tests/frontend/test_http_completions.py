@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,15 +11,8 @@ import pytest
 
 from engine_core.fake_runner import FAKE_LOGPROB, expected_tokens
 from frontend.config import FrontendConfig
-from ipc.engine_config import EngineConfig
-from tests.support.served_engine import ServedEngine, served_engine
-
-PROMPT = [5, 6, 7]
-
-
-def fake(**fields: Any) -> FrontendConfig:
-    engine = EngineConfig(model="none", runner="fake", **fields)
-    return FrontendConfig(engine=engine, served_model_name="fake")
+from frontend.http.openai.completions import CompletionForm
+from tests.support.served_engine import PROMPT, ServedEngine, fake, served_engine
 
 
 @pytest.fixture
@@ -139,72 +130,6 @@ async def test_L2_an_aborted_stream_ends_with_its_finish_reason_and_done(
     assert receipt.requests["mine"].num_output_tokens == len(token_ids)
 
 
-async def hang_up(connection: socket.socket, how: str) -> None:
-    if how == "reset":
-        # Closing with unsent-data time zero sends RST instead of FIN.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    if how == "half-close":
-        connection.shutdown(socket.SHUT_WR)
-    else:
-        connection.close()
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not-streaming"])
-@pytest.mark.parametrize("how", ["close", "reset", "half-close"])
-async def test_L4_a_client_that_hangs_up_while_tokens_come_ends_its_request(
-    served: ServedEngine, how: str, stream: bool
-) -> None:
-    connection = await served.connect()
-    body = {"prompt": PROMPT, "max_tokens": 4000, "stream": stream}
-    await served.post(connection, "/v1/completions", body)
-    await asyncio.sleep(0.1)
-    assert served.engine.num_live_requests == 1
-    await hang_up(connection, how)
-    await served.wait_until_idle(timeout_s=1.0)
-    connection.close()
-    [status] = (await served.engine.status()).values()
-    assert status.counters["abort_frames"] == 1
-    assert not status.integrity_errors
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["streaming", "not-streaming"])
-async def test_L4_a_client_that_hangs_up_before_its_first_token_ends_its_request(
-    stream: bool,
-) -> None:
-    async with served_engine(fake(fake_step_time_ms=5, max_num_seqs=1)) as served:
-        running = await served.connect()
-        queued = await served.connect()
-        for connection in (running, queued):
-            body = {"prompt": PROMPT, "max_tokens": 4000, "stream": stream}
-            await served.post(connection, "/v1/completions", body)
-        await asyncio.sleep(0.1)
-        [status] = (await served.engine.status()).values()
-        assert (status.num_running, status.num_waiting) == (1, 1)
-        queued.close()
-        await served.wait_for_live_requests(1, timeout_s=1.0)
-        [status] = (await served.engine.status()).values()
-        assert (status.num_running, status.num_waiting) == (1, 0)
-        running.close()
-        await served.wait_until_idle(timeout_s=1.0)
-
-
-async def test_L7_a_hundred_clients_that_hang_up_at_once_cost_at_most_three_abort_frames(
-    served: ServedEngine,
-) -> None:
-    connections = [await served.connect() for _ in range(100)]
-    for connection in connections:
-        body = {"prompt": PROMPT, "max_tokens": 4000, "stream": True}
-        await served.post(connection, "/v1/completions", body)
-    await served.wait_for_live_requests(100)
-    await asyncio.sleep(0.1)
-    for connection in connections:
-        connection.close()
-    await served.wait_until_idle(timeout_s=3.0)
-    [status] = (await served.engine.status()).values()
-    assert status.counters["requests_aborted"] == 100
-    assert 1 <= status.counters["abort_frames"] <= 3
-
-
 async def test_a_kept_alive_connection_serves_one_request_after_the_other(
     served: ServedEngine,
 ) -> None:
@@ -216,48 +141,6 @@ async def test_a_kept_alive_connection_serves_one_request_after_the_other(
     assert status.counters["abort_frames"] == 0
 
 
-WRONG_REQUESTS: list[tuple[object, int, str | None, str]] = [
-    ([], 400, None, "must be a JSON object"),
-    ({}, 400, "prompt", "got null"),
-    ({"prompt": ""}, 400, None, "no tokenizer"),
-    ({"prompt": []}, 400, "prompt", "got []"),
-    ({"prompt": [1, "a"]}, 400, "prompt", '[1, "a"]'),
-    ({"prompt": [[1], [2]]}, 400, "prompt", "one prompt"),
-    ({"prompt": [1], "model": "gpt-x"}, 404, "model", "'gpt-x'"),
-    ({"prompt": [1], "model": 5}, 400, "model", "got 5"),
-    ({"prompt": [1], "temperature": -1}, 400, "temperature", "-1"),
-    ({"prompt": [1], "top_p": 1.5}, 400, "top_p", "1.5"),
-    ({"prompt": [1], "max_tokens": 0}, 400, "max_tokens", "0"),
-    ({"prompt": [1], "max_tokens": "many"}, 400, "max_tokens", "many"),
-    ({"prompt": [1], "stop": ["a", 5]}, 400, "stop", "5"),
-    ({"prompt": [1], "n": 2}, 400, "n", "2"),
-    ({"prompt": [1], "echo": True}, 400, "echo", "true"),
-    ({"prompt": [1], "bad_words": ["no"]}, 400, "bad_words", '["no"]'),
-    ({"prompt": [1], "prompt_logprobs": 1}, 400, "prompt_logprobs", "expected null"),
-    ({"prompt": [1], "stream": "yes"}, 400, "stream", '"yes"'),
-    ({"prompt": [1], "stream_options": {}}, 400, "stream_options", "stream=true"),
-    ({"prompt": [1], "priority": 1.5}, 400, "priority", "1.5"),
-    ({"prompt": [1], "priority": 2**63}, 400, "priority", f"got {2**63}"),
-    ({"prompt": [1], "logit_bias": {"9" * 5000: 1}}, 400, "logit_bias", "999"),
-    ({"prompt": [1], "request_id": ""}, 400, "request_id", '""'),
-    ({"prompt": [1], "tags": "rollout"}, 400, "tags", '"rollout"'),
-    ({"prompt": [1] * 5000}, 400, "prompt", "5000 tokens"),
-    ({"prompt": [99_999]}, 400, None, "99999"),
-]
-
-
-async def test_a_wrong_request_is_answered_with_the_field_and_its_value(
-    served: ServedEngine,
-) -> None:
-    for body, status, param, complaint in WRONG_REQUESTS:
-        answer = await served.http.post("/v1/completions", json=body)
-        assert answer.status_code == status, body
-        error = answer.json()["error"]
-        assert error["param"] == param, body
-        assert complaint in error["message"], body
-        assert served.engine.num_live_requests == 0
-
-
 async def test_a_wrong_request_for_a_stream_has_an_http_status_too(served: ServedEngine) -> None:
     body = {"prompt": [99_999], "stream": True}
     answer = await served.http.post("/v1/completions", json=body)
@@ -265,19 +148,13 @@ async def test_a_wrong_request_for_a_stream_has_an_http_status_too(served: Serve
     assert "99999" in answer.json()["error"]["message"]
 
 
-async def test_what_is_no_json_and_what_is_no_route_are_told_apart(served: ServedEngine) -> None:
+async def test_what_is_no_json_is_told_so(served: ServedEngine) -> None:
     broken = await served.http.post("/v1/completions", content=b"{")
     assert broken.status_code == 400
     assert "not JSON" in broken.json()["error"]["message"]
     deep = await served.http.post("/v1/completions", content=b"[" * 100_000)
     assert deep.status_code == 400
     assert "nested too deeply" in deep.json()["error"]["message"]
-    missing = await served.http.get("/v1/nothing")
-    assert missing.status_code == 404
-    assert "/v1/nothing" in missing.json()["error"]["message"]
-    wrong_method = await served.http.get("/v1/completions")
-    assert wrong_method.status_code == 405
-    assert wrong_method.headers["allow"] == "POST"
 
 
 async def test_L8_a_live_request_id_is_refused_and_free_again_afterwards(
@@ -302,35 +179,6 @@ async def test_models_and_health_tell_what_is_served(served: ServedEngine) -> No
     assert card["max_model_len"] == 4096
 
 
-async def test_an_api_key_is_demanded_of_the_api_but_not_of_the_health_check() -> None:
-    async with served_engine(fake(), api_key="secret") as served:
-        assert (await served.http.get("/health")).status_code == 200
-        refused = await served.http.get("/v1/models")
-        assert refused.status_code == 401
-        assert refused.json()["error"]["type"] == "authentication_error"
-        headers = {"Authorization": "Bearer secret"}
-        assert (await served.http.get("/v1/models", headers=headers)).status_code == 200
-        headers = {"Authorization": "Bearer guess"}
-        assert (await served.http.get("/v1/models", headers=headers)).status_code == 401
-
-
-async def test_L2_shutdown_answers_each_request_with_503_or_an_error_event(
-    served: ServedEngine,
-) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 4000}
-    whole = asyncio.create_task(served.http.post("/v1/completions", json=body))
-    reading = asyncio.create_task(read_events(served, body))
-    await asyncio.sleep(0.15)
-    served.stop.set_result(None)
-    answer = await whole
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"]
-    *chunks, error, done = await reading
-    assert chunks
-    assert done == "[DONE]"
-    assert "shutting down" in error["error"]["message"]
-
-
 async def test_L12_requests_of_a_dead_engine_end_with_an_error_and_health_is_503(
     served: ServedEngine,
 ) -> None:
@@ -345,6 +193,24 @@ async def test_L12_requests_of_a_dead_engine_end_with_an_error_and_health_is_503
     assert error["error"]["message"]
     assert (await served.http.get("/health")).status_code == 503
     assert (await served.http.post("/v1/completions", json=body)).status_code == 503
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+async def test_L11_a_fault_in_shaping_an_answer_ends_that_call_alone(
+    served: ServedEngine, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(form: CompletionForm, *_: object) -> bytes:
+        raise RuntimeError("the inside")
+
+    body = {"prompt": PROMPT, "max_tokens": 50, "n": 2, "stream": stream}
+    with monkeypatch.context() as patched:
+        patched.setattr(CompletionForm, "event", fail)
+        patched.setattr(CompletionForm, "body", fail)
+        answer = await served.http.post("/v1/completions", json=body)
+    assert answer.status_code == 500
+    assert "inside" not in answer.text
+    await served.wait_until_idle()
+    assert (await served.http.post("/v1/completions", json=body)).status_code == 200
 
 
 async def test_text_goes_in_and_comes_out_the_same_whether_streamed_or_not() -> None:

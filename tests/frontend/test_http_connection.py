@@ -155,7 +155,9 @@ async def test_a_refused_request_is_answered_in_its_turn_and_others_follow(
 
 async def test_garbage_behind_good_requests_is_answered_last(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"GET /later HTTP/1.1\r\n\r\n" + GET_NOW + b"\x16\x03\x01 garbage\r\n\r\n" + GET_NOW)
+    client.write(
+        b"GET /later HTTP/1.1\r\n\r\n" + GET_NOW + b"\x16\x03\x01 garbage\r\n\r\n" + GET_NOW
+    )
     assert [(await client.answer()).status for _ in range(3)] == [200, 200, 400]
     assert await client.rest() == b""
 
@@ -170,20 +172,15 @@ async def test_what_follows_a_last_request_is_not_served(server: BareServer) -> 
         assert await client.rest() == b""
 
 
-async def test_http_1_0_gets_no_chunks(server: BareServer) -> None:
+async def test_http_1_0_may_be_kept_alive_and_gets_no_chunks(server: BareServer) -> None:
     client = await server.connect()
+    client.write(b"GET /now HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+    assert (await client.answer()).headers["connection"] == "keep-alive"
     client.write(b"GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
     answer = await client.answer()
     assert answer.body == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
     assert answer.headers["connection"] == "close"
     assert "transfer-encoding" not in answer.headers
-
-
-async def test_http_1_0_may_be_kept_alive(server: BareServer) -> None:
-    client = await server.connect()
-    for _ in range(2):
-        client.write(b"GET /now HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
-        assert (await client.answer()).headers["connection"] == "keep-alive"
 
 
 async def test_a_stream_is_chunked_and_the_connection_serves_on(server: BareServer) -> None:
@@ -204,22 +201,18 @@ async def test_head_is_get_without_the_body(server: BareServer) -> None:
     assert (await client.answer()).json["path"] == "/now"
 
 
-async def test_a_client_that_expects_100_continue_is_told_to_go_on(server: BareServer) -> None:
+async def test_a_client_that_expects_100_continue_is_told_so_or_is_refused(
+    server: BareServer,
+) -> None:
     client = await server.connect()
     head, _, body = POST_ECHO.partition(b"\r\n\r\n")
     client.write(head + b"\r\nExpect: 100-continue\r\n\r\n")
     assert (await client.answer()).status == 100
     client.write(body)
     assert (await client.answer()).body == b"hello"
-
-
-async def test_a_client_that_expects_100_continue_may_be_refused_instead(
-    server: BareServer,
-) -> None:
-    client = await server.connect()
     client.write(b"POST /nope HTTP/1.1\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
-    answer = await client.answer()
-    assert (answer.status, answer.headers["connection"]) == (404, "close")
+    refusal = await client.answer()
+    assert (refusal.status, refusal.headers["connection"]) == (404, "close")
 
 
 @pytest.mark.parametrize("request_bytes", [GET_NOW, POST_ECHO])

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -43,7 +43,9 @@ streaming_or_not = pytest.mark.parametrize("stream", [True, False], ids=["stream
 
 
 @asynccontextmanager
-async def served_mocks(num_engines: int = 1) -> AsyncIterator[tuple[ServedEngine, list[MockEngine]]]:
+async def served_mocks(
+    num_engines: int = 1,
+) -> AsyncIterator[tuple[ServedEngine, list[MockEngine]]]:
     """A server over scripted engines. It must end as it began: with no task and no request."""
     async with mock_fleet(num_engines) as (frontend, engines):
         async with serving(frontend) as served:
@@ -57,10 +59,10 @@ async def served_mocks(num_engines: int = 1) -> AsyncIterator[tuple[ServedEngine
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
-    yield  # type: ignore[misc]
-    wrong = [record.getMessage() for record in caplog.records if record.levelno > logging.WARNING]
-    assert not wrong
+def nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    records = caplog.get_records("call")
+    assert not [record.getMessage() for record in records if record.levelno > logging.WARNING]
 
 
 @pytest.fixture
@@ -182,7 +184,7 @@ async def test_L4_L11_hang_ups_of_queued_and_running_requests_give_all_blocks_ba
 
 @streaming_or_not
 async def test_L4_a_hang_up_amid_a_prefill_ends_it(stream: bool) -> None:
-    config = fake(fake_step_time_ms=20, max_num_batched_tokens=16, max_model_len=4096)
+    config = fake(fake_step_time_ms=20, max_num_batched_tokens=16, max_num_seqs=4)
     async with served_engine(config) as served:
         with await served.connect() as client:
             body = {"prompt": [9] * 3000, "max_tokens": 9, "stream": stream}
@@ -271,39 +273,25 @@ async def test_L4_a_hang_up_between_two_pipelined_requests_does_not_begin_the_se
             await engine.expect_silence(QUIET_S)
 
 
-async def test_L5_a_control_call_takes_effect_and_is_answered_though_its_client_half_closed() -> (
-    None
-):
+@pytest.mark.parametrize("way", ["half-close", "RST"])
+async def test_L5_a_control_call_whose_client_hangs_up_takes_effect_and_is_answered(
+    way: str,
+) -> None:
     async with served_mocks() as (served, [engine]):
         reading = asyncio.create_task(served.http.post(COMPLETIONS, json={"prompt": PROMPT}))
         request_id = (await engine.next_add()).request_id
         with await served.connect() as client:
             await served.post(client, "/v1/abort", {"abort_all": True})
             call = await engine.next_utility()
-            client.shutdown(socket.SHUT_WR)
+            WAYS[way](client)
             await asyncio.sleep(0.02)
             await engine.send_tokens(request_id, [], finish=FinishReason.ABORT)
             receipts = {request_id: RequestReceipt("aborted", 0, "decode")}
             await engine.reply(call, AbortReceipt(receipts, 1, 0).to_wire())
-            answer = await served.receive_all(client)
-        assert answer.startswith(b"HTTP/1.1 200 OK")
-        assert b"connection: close" in answer
-        assert b'"num_aborted":1' in answer
-        [choice] = (await reading).json()["choices"]
-        assert choice["finish_reason"] == "abort"
-
-
-async def test_L5_a_control_call_takes_effect_though_its_client_is_gone() -> None:
-    async with served_mocks() as (served, [engine]):
-        reading = asyncio.create_task(served.http.post(COMPLETIONS, json={"prompt": PROMPT}))
-        request_id = (await engine.next_add()).request_id
-        client = await served.connect()
-        await served.post(client, "/v1/abort", {"abort_all": True})
-        call = await engine.next_utility()
-        reset(client)
-        await asyncio.sleep(0.02)
-        await engine.send_tokens(request_id, [], finish=FinishReason.ABORT)
-        receipts = {request_id: RequestReceipt("aborted", 0, "decode")}
-        await engine.reply(call, AbortReceipt(receipts, 1, 0).to_wire())
+            if way == "half-close":
+                answer = await served.receive_all(client)
+                assert answer.startswith(b"HTTP/1.1 200 OK")
+                assert b"connection: close" in answer
+                assert b'"num_aborted":1' in answer
         [choice] = (await reading).json()["choices"]
         assert choice["finish_reason"] == "abort"

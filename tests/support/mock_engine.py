@@ -124,7 +124,7 @@ class MockEngine:
         self.received: list[ReceivedFrame] = []
         self.on_message: Callable[[Message], None] | None = None
         """If set, takes every message in place of `next_add`, `next_abort`, `next_utility`."""
-        self._confirms_aborts = caesura and confirms_aborts
+        self.confirms_aborts = caesura and confirms_aborts
         self._live: set[str] = set()
         self._handshake_address = handshake_address
         self._local = local
@@ -235,7 +235,7 @@ class MockEngine:
             elif isinstance(message, Abort):
                 self._unread_aborts.put_nowait(list(message.request_ids))
                 ended = [name for name in message.request_ids if name in self._live]
-                if ended and self._confirms_aborts:
+                if ended and self.confirms_aborts:
                     await self.confirm(ended, client_index)
             elif isinstance(message, InputError):
                 self._unread_errors.append(message)

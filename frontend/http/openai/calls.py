@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from frontend.http.bodies import bad_field, not_supported
 from frontend.http.errors import ApiError
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER
 from frontend.http.openai.requests import MAX_CHOICES, GenerationBody
+from frontend.ids import new_id
 from frontend.requests.intake import NewRequest
 from frontend.sampling_params import SamplingParams
 
@@ -46,7 +46,7 @@ class CallNames:
         if header_id is not None and not 0 < len(header_id) <= MAX_REQUEST_ID_LENGTH:
             expected = f"a string of 1 to {MAX_REQUEST_ID_LENGTH} characters"
             raise bad_field("X-Request-Id", expected, header_id)
-        request_id = body.request_id or header_id or secrets.token_hex(16)
+        request_id = body.request_id or header_id or new_id()
         return cls(request_id, header_id, f"{prefix}-{request_id}")
 
     @property

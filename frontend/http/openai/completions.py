@@ -97,10 +97,12 @@ class CompletionForm(GenerationForm[CompletionChoice]):
         self._writers = [CompletionLogprobsWriter(self.token_names) for _ in range(num_choices)]
 
     def event(self, index: int, output: RequestOutput) -> bytes:
-        return super().event(index, self._kept(output))
+        return super().event(index, self._kept(output) if self._is_prompt_only else output)
 
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
-        return super().body([self._kept(output) for output in outputs])
+        if self._is_prompt_only:
+            outputs = [self._kept(output) for output in outputs]
+        return super().body(outputs)
 
     def full_event(self, index: int, output: RequestOutput, *, is_first: bool) -> bytes:
         choice = self._choice(index, output, has_prompt=is_first)
@@ -122,9 +124,7 @@ class CompletionForm(GenerationForm[CompletionChoice]):
         return self.chunk(choices, usage=self.usage())
 
     def _kept(self, output: RequestOutput) -> RequestOutput:
-        """What the caller asked to have of an output."""
-        if not self._is_prompt_only:
-            return output
+        """What a caller that asked for the prompt alone is to have of an output."""
         has_stopped = output.finish_reason == "stop"
         return output._replace(
             text="",

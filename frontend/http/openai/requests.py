@@ -180,7 +180,7 @@ class ChatBody(GenerationBody, kw_only=True):
 
     max_tokens: NumChatTokens | None = None
     max_completion_tokens: NumChatTokens | None = None
-    logprobs: bool | None = None
+    logprobs: bool | Annotated[int, Meta(ge=0, le=1)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none"] | None = None

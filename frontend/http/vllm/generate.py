@@ -8,7 +8,6 @@ aborted without new tokens, and says why it ended.
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -34,6 +33,7 @@ from frontend.http.openai.requests import (
 )
 from frontend.http.router import Route
 from frontend.http.vllm.tokens import TokensEvent, TokensForm, TokensReply, UsageWanted
+from frontend.ids import new_id
 from frontend.requests.intake import NewRequest
 from frontend.sampling_params import SamplingParams
 from ipc.expect import INT64_MAX
@@ -117,7 +117,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
             path = "sampling_params.prompt_logprobs"
             raise not_supported(path, given.prompt_logprobs, "it needs stream=false")
         header_id = exchange.headers.get(REQUEST_ID_HEADER) or None
-        request_id = body.request_id or header_id or secrets.token_hex(16)
+        request_id = body.request_id or header_id or new_id()
         names = CallNames(request_id, header_id, f"generate-tokens-{request_id}")
         requests = read_requests(body, names)
         options = body.stream_options or StreamOptions()
