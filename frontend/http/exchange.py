@@ -147,7 +147,7 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         """More of the stream."""
-        if self._is_chunked:
+        if self._is_chunked and data:  # An empty chunk would end the stream.
             data = b"%x\r\n%b\r\n" % (len(data), data)
         self._outlet.write(data)
 
@@ -177,7 +177,6 @@ class Exchange:
                 on_hang_up()
 
     def _framed(self, data: bytes) -> bytes:
-        # An empty chunk would end the stream.
         return b"%x\r\n%b\r\n" % (len(data), data) if data and self._is_chunked else data
 
     def _begin(self) -> None:

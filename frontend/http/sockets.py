@@ -1,4 +1,4 @@
-"""What the server asks of its clients' sockets, and sets on them, whichever event loop owns them."""
+"""What the server asks of its clients' sockets and sets on them, whichever loop owns them."""
 
 from __future__ import annotations
 

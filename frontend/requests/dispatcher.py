@@ -17,8 +17,8 @@ Invariants
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 
 from frontend.engines.engine_client import EngineClient
@@ -59,7 +59,8 @@ class Dispatcher:
         self.on_idle: Callable[[], None] | None = None
         """Called when the last live request has ended."""
         self.request_log = RequestLog()
-        self._loop = asyncio.get_running_loop()
+        self.clock: Callable[[], float] = time.monotonic
+        """Tells ages and latencies; the event loop's own clock counts whole milliseconds."""
         self._balancer = Balancer(num_engines)
         self._auto_aborts = AutoAborts(
             self.registry,
@@ -100,7 +101,7 @@ class Dispatcher:
     def take_back(self, entry: Entry) -> None:
         """Undo an acceptance that nobody was told of; an engine that knows already is told."""
         entry.leave_queue()
-        if self.registry.remove_running(entry, AbortCause.REFUSED, self._loop.time()):
+        if self.registry.remove_running(entry, AbortCause.REFUSED, self.clock()):
             self._auto_aborts.push(entry.internal_id, AbortCause.REFUSED)
 
     def close(self) -> None:
@@ -155,7 +156,7 @@ class Dispatcher:
     def on_turn_end(self) -> None:
         """What had arrived is read; deliver it."""
         entries, self._with_unprocessed = self._with_unprocessed, []
-        now = self._loop.time()
+        now = self.clock()
         for entry in entries:
             if entry.unprocessed and entry.terminal is None:
                 self._process(entry, entry.unprocessed, now)
@@ -172,7 +173,7 @@ class Dispatcher:
         ending = self.registry.get_ending(internal_id, rank)
         if ending is not None:
             if ending.cause is AbortCause.DROPPED_STREAM:
-                self.metrics.on_freed(self._loop.time() - ending.ended_s)
+                self.metrics.on_freed(self.clock() - ending.ended_s)
             self.registry.end(internal_id)
 
     def on_bad_frame(self, rank: int, error: WireError) -> None:
@@ -200,7 +201,7 @@ class Dispatcher:
 
     def _deliver(self, entry: Entry, output: EngineCoreOutput) -> None:
         """An output that is more than tokens of a running request."""
-        mailbox, now = entry.mailbox, self._loop.time()
+        mailbox, now = entry.mailbox, self.clock()
         if output.prefill_stats is not None:
             mailbox.num_cached_tokens = output.prefill_stats.num_cached_tokens
         if output.prompt_logprobs is not None:
@@ -262,7 +263,7 @@ class Dispatcher:
         self, entry: Entry, terminal: Terminal, *, abort_in_engine: AbortCause | None = None
     ) -> None:
         """End a live request here. `abort_in_engine`: its engine does not know yet, and is told."""
-        now = self._loop.time()
+        now = self.clock()
         if abort_in_engine is None:
             is_ours = self.registry.remove(entry)
         else:

@@ -94,7 +94,7 @@ class ExplicitAborts:
                 receipt.requests[entry.request_id] = AbortedRequest("aborted", 0, STAGE_TOKENIZING)
                 continue
             if entry.abort_cause is None:
-                entry.abort_cause, entry.abort_started_s = cause, self._loop.time()
+                entry.abort_cause, entry.abort_started_s = cause, self._dispatcher.clock()
             by_engine.setdefault(entry.engine_index, []).append(entry)
             receipt.requests[entry.request_id] = AbortedRequest("pending")
         calls = {}

@@ -25,7 +25,7 @@ ENGINE_TIMEOUT_S = 1.0
 async def list_requests(dispatcher: Dispatcher) -> list[LiveRequest]:
     """Live requests in order of acceptance, then those that are ending."""
     told = await _ask_engines(dispatcher)
-    now = asyncio.get_running_loop().time()
+    now = dispatcher.clock()
     live = [_describe(entry, told.get(entry.internal_id), now) for entry in dispatcher.registry]
     ending = [
         LiveRequest(

@@ -140,7 +140,7 @@ class RequestIntake:
             internal_id=f"{request_id}-{suffix}",
             request_id=request_id,
             mailbox=Mailbox(request_id, self._stream_interval, is_final_only=new.is_final_only),
-            accepted_s=self._loop.time(),
+            accepted_s=self._dispatcher.clock(),
             arrival_time_s=time.time(),
             aliases=tuple(new.aliases),
             batch_id=new.batch_id,

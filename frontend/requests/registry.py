@@ -25,7 +25,7 @@ from frontend.text.output_processor import OutputProcessor
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A live request, as the front end knows it. Times are of the event loop's clock."""
+    """A live request, as the front end knows it. Times are of the dispatcher's clock."""
 
     internal_id: str
     """Unique for ever; the only id that engines see."""

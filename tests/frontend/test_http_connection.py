@@ -201,7 +201,7 @@ async def test_head_is_get_without_the_body(server: BareServer) -> None:
     assert (await client.answer()).json["path"] == "/now"
 
 
-async def test_a_client_that_expects_100_continue_is_told_so_or_is_refused(
+async def test_a_client_that_expects_100_continue_is_told_or_refused(
     server: BareServer,
 ) -> None:
     client = await server.connect()

@@ -1,11 +1,10 @@
-"""A client that reads slowly costs the memory of its own tokens, up to a limit, and nobody's time."""
+"""A slow reader costs the memory of its own tokens, up to a limit, and nobody else's time."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def most_unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def most_unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The most tokens that any stream held for its reader; its only item."""
     most = [0]
     on_news = StreamedAnswer._on_news
@@ -49,7 +48,7 @@ def most_unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         on_news(answer, index, stream)
 
     monkeypatch.setattr(StreamedAnswer, "_on_news", watched)
-    yield most
+    return most
 
 
 async def start_slow_stream(served: ServedEngine, **fields: Any) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Both event loops that a server may run under: asyncio's own and uvloop, the one it has by default.
+"""Both event loops that a server may run under: uvloop, as the command line has it, and asyncio's.
 
 A module that imports the fixture runs each of its asynchronous tests under both.
 """
