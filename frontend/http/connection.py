@@ -168,6 +168,7 @@ class Connection(asyncio.Protocol):
         self._is_open = False
         self._connections.remove(self)
         self._lose_client()
+        del self._reader  # It refers back to here.
 
     def _lose_client(self) -> None:
         """The client went away: whoever asked to be told is told."""
@@ -261,7 +262,10 @@ class Connection(asyncio.Protocol):
         self._is_open = False
         if self._reader.was_cut_off and not self._is_half_closed:
             # The client may be sending still: closed now, its socket would throw our answer away.
-            self._transport.write_eof()
+            try:
+                self._transport.write_eof()
+            except OSError:  # It is gone already.
+                self._transport.abort()
         else:
             self._transport.close()
 

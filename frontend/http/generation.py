@@ -36,6 +36,11 @@ class ReplyForm(Protocol):
     streams: Sequence[RequestStream]
     """Set before any other use."""
 
+    def plain_event(self, index: int, text: str, token_ids: Sequence[int]) -> bytes | None:
+        """The event of an output that has text and tokens alone; None if this dialect, this call or
+        this event needs the whole output. Once a token: it is what a stream costs.
+        """
+
     def event(self, index: int, output: RequestOutput) -> bytes:
         """The server-sent event (or events) of one output."""
 
@@ -81,12 +86,6 @@ class _Answer:
         form.streams = streams
         exchange.on_hang_up = self._close_streams
 
-    def _listen(self, on_news: Callable[[int, RequestStream], None]) -> None:
-        for index, stream in enumerate(self._streams):
-            if self._exchange.is_finished:
-                return  # The news of another one ended the call.
-            stream.listen(partial(self._call, on_news, index, stream))
-
     def _call(
         self, on_news: Callable[[int, RequestStream], None], index: int, stream: RequestStream
     ) -> None:
@@ -94,11 +93,12 @@ class _Answer:
         try:
             on_news(index, stream)
         except Exception:
-            logger.exception(
-                "an answer to %s %s failed", self._exchange.method, self._exchange.path
-            )
-            self._close_streams()
-            self._exchange.fail()
+            self._fail()
+
+    def _fail(self) -> None:
+        logger.exception("an answer to %s %s failed", self._exchange.method, self._exchange.path)
+        self._close_streams()
+        self._exchange.fail()
 
     def _close_streams(self, cause: AbortCause = AbortCause.DROPPED_STREAM) -> None:
         for stream in self._streams:
@@ -113,7 +113,26 @@ class StreamedAnswer(_Answer):
     ) -> None:
         super().__init__(exchange, streams, form)
         exchange.on_writable = self._on_writable
-        self._listen(self._on_news)
+        for index, stream in enumerate(streams):
+            if exchange.is_finished:
+                return  # The news of another one ended the call.
+            on_news = partial(self._call, self._on_news, index, stream)
+            stream.listen(on_news, partial(self._on_delta, index))
+
+    def _on_delta(self, index: int, text: str, token_ids: Sequence[int]) -> bool:
+        """The short way of nearly every token."""
+        exchange = self._exchange
+        if not (exchange.has_begun and exchange.is_writable):
+            return False
+        try:
+            event = self._form.plain_event(index, text, token_ids)
+        except Exception:
+            self._fail()
+            return True
+        if event is None:
+            return False
+        exchange.write(event)
+        return True
 
     def _on_news(self, index: int, stream: RequestStream) -> None:
         exchange = self._exchange
@@ -175,7 +194,10 @@ class WholeAnswer(_Answer):
     ) -> None:
         super().__init__(exchange, streams, form)
         self._outputs: list[RequestOutput | None] = [None] * len(streams)
-        self._listen(self._on_end)
+        for index, stream in enumerate(streams):
+            if exchange.is_finished:
+                return
+            stream.listen(partial(self._call, self._on_end, index, stream))
 
     def _on_end(self, index: int, stream: RequestStream) -> None:
         output = self._outputs[index] = stream.take()

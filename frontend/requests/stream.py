@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from frontend.outputs import AbortCause, RequestOutput, RequestResult, TokenLogprobs
-from frontend.requests.mailbox import Mailbox
+from frontend.requests.mailbox import Mailbox, OnDelta
 
 
 class RequestStream:
@@ -102,11 +102,11 @@ class RequestStream:
             self._mailbox.stop_listening()  # It held the reader, which holds this stream.
         return output
 
-    def listen(self, on_news: Callable[[], object]) -> None:
+    def listen(self, on_news: Callable[[], object], on_delta: OnDelta | None = None) -> None:
         """Have `on_news` called on the event loop whenever there is something to take, at once if
-        there is already. It must not raise.
+        there is already; plain deltas are offered to `on_delta` before. Neither may raise.
         """
-        self._mailbox.listen(on_news)
+        self._mailbox.listen(on_news, on_delta)
 
     # -- the end -------------------------------------------------------------------------------
 

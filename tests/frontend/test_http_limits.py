@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
+import weakref
 from collections.abc import AsyncIterator
 
 import pytest
 
 from frontend.http import connection
-from frontend.http.connection import MAX_PIPELINED, Connection
+from frontend.http.connection import MAX_PIPELINED
 from frontend.http.exchange import Exchange
 from frontend.http.request_reader import MAX_HEAD_BYTES, MAX_HEADERS
 from frontend.http.router import Route
@@ -284,4 +286,20 @@ async def test_a_stop_closes_idle_connections_and_lets_busy_ones_finish(
     assert (last.status, last.headers["connection"]) == (200, "close")
     assert await busy.rest() == b""
     await asyncio.wait_for(server.connections.all_closed.wait(), 1)
-    assert not Connection(server.connections)._is_open
+
+
+async def test_L11_a_closed_connection_is_gone_without_the_garbage_collector(
+    server: BareServer,
+) -> None:
+    gc.disable()
+    try:
+        client = await server.connect()
+        client.write(GET_NOW + b"GET /nope HTTP/1.1\r\n\r\n")
+        assert [(await client.answer()).status for _ in range(2)] == [200, 404]
+        [gone] = [weakref.ref(one) for one in server.connections.open]
+        client.close()
+        await server.wait_for_connections(0)
+        await asyncio.sleep(0.02)
+        assert gone() is None
+    finally:
+        gc.enable()

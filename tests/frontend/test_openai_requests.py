@@ -166,11 +166,10 @@ def test_L3_the_choices_of_a_call_have_names_of_their_own_and_its_names_as_a_bat
     assert {request.aliases for request in requests} == {("cmpl-own",)}
 
 
-def test_a_call_without_a_name_gets_one_that_nobody_guesses() -> None:
-    first, second = completion().requests[0], completion().requests[0]
-    assert first.request_id is not None
-    assert len(first.request_id) == 32
-    assert first.request_id != second.request_id
+def test_L8_calls_without_a_name_get_one_each_that_nothing_else_has() -> None:
+    names = {completion().requests[0].request_id for _ in range(100)}
+    assert len(names) == 100
+    assert None not in names
     assert chat().requests[0].aliases[0].startswith("chatcmpl-")
 
 

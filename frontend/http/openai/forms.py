@@ -81,11 +81,20 @@ class GenerationForm(ABC, Generic[EventChoice]):
 
     # -- ReplyForm -----------------------------------------------------------------------------
 
+    def plain_event(self, index: int, text: str, token_ids: Sequence[int]) -> bytes | None:
+        num_tokens = self._num_output_tokens[index]
+        if not (num_tokens and self._is_plain):
+            return None
+        self._num_output_tokens[index] = num_tokens + len(token_ids)
+        return self._plain_starts[index] + _encode(text) + self.PLAIN_END
+
     def event(self, index: int, output: RequestOutput) -> bytes:
+        if output.finish_reason is None:
+            plain = self.plain_event(index, output.text, output.token_ids)
+            if plain is not None:
+                return plain
         num_tokens = self._num_output_tokens[index]
         self._num_output_tokens[index] = num_tokens + len(output.token_ids)
-        if num_tokens and self._is_plain and output.finish_reason is None:
-            return self._plain_starts[index] + _encode(output.text) + self.PLAIN_END
         if output.finish_reason is not None:
             self._prompt_sizes[index] = (output.num_prompt_tokens, output.num_cached_tokens)
         return self.full_event(index, output, is_first=num_tokens == 0)

@@ -38,6 +38,10 @@ class GenerateForm:
             _GrowingEvent(call, index, token_text) for index in range(len(call.requests))
         ]
 
+    def plain_event(self, index: int, text: str, token_ids: Sequence[int]) -> bytes | None:
+        """None: each event repeats everything before it."""
+        return None
+
     def event(self, index: int, output: RequestOutput) -> bytes:
         return self._events[index].add(output, self.streams[index])
 

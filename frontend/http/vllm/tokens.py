@@ -85,17 +85,20 @@ class TokensForm:
         self._num_prompt_tokens = 0
         self._num_cached_tokens = 0
 
+    def plain_event(self, index: int, text: str, token_ids: Sequence[int]) -> bytes | None:
+        if self._has_logprobs or self._usage.in_each_event:
+            return None
+        self._num_tokens[index] += len(token_ids)
+        tail = b',"logprobs":null,"finish_reason":null}]}\n\n'
+        return self._heads[index] + _encode(token_ids) + tail
+
     def event(self, index: int, output: RequestOutput) -> bytes:
+        if output.finish_reason is None:
+            plain = self.plain_event(index, output.text, output.token_ids)
+            if plain is not None:
+                return plain
         self._num_tokens[index] += len(output.token_ids)
         self._count_prompt(output)
-        is_plain = (
-            output.finish_reason is None
-            and not self._has_logprobs
-            and not self._usage.in_each_event
-        )
-        if is_plain:
-            tail = b',"logprobs":null,"finish_reason":null}]}\n\n'
-            return self._heads[index] + _encode(output.token_ids) + tail
         event = TokensEvent(self._response_id, [self._choice(index, output)])
         if self._usage.in_each_event:
             event.usage = self._usage_of(self._num_tokens[index])
