@@ -34,6 +34,7 @@ _FRONTEND_NAMES = {
     "served_model_name": "served_model_name",
     "dp_size": "data_parallel_size",
     "stream_interval": "stream_interval",
+    "max_queued_requests": "max_num_queued_requests",
 }
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _OTHER_NAMES = (
@@ -55,7 +56,7 @@ _IGNORED = frozenset(
     {
         *("trust_remote_code", "tokenizer_mode", "tokenizer_worker_num", "revision"),
         *("download_dir", "weight_version", "skip_server_warmup", "warmups"),
-        *("mem_fraction_static", "max_prefill_tokens", "max_queued_requests"),
+        *("mem_fraction_static", "max_prefill_tokens"),
         *("schedule_policy", "schedule_conservativeness", "enable_priority_scheduling"),
         *("radix_eviction_policy", "retraction_policy", "load_balance_method"),
         *("disable_overlap_schedule", "enable_mixed_chunk", "num_continuous_decode_steps"),

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 def client_of(served: ServedEngine, **options: Any) -> AsyncOpenAI:
     """A client that does not retry, so that the first answer is seen."""
-    options = {"api_key": "none", "max_retries": 0, "timeout": 20.0} | options
-    return AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", **options)
+    defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 20.0}
+    return AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", **(defaults | options))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -49,7 +49,7 @@ async def client(served: ServedEngine) -> AsyncIterator[AsyncOpenAI]:
 async def wait_for_stages(served: ServedEngine, stages: set[str]) -> None:
     """Return when there are requests, and they are in these stages."""
     async with asyncio.timeout(10):
-        while {request.stage for request in await served.engine.list_requests()} != stages:
+        while {one.stage for one in await served.engine.list_requests()} != stages:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
