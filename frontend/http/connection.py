@@ -24,7 +24,7 @@ from typing import Protocol, cast
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.request_reader import RequestReader
-from frontend.http.sockets import limit_unsent, peer_is_local
+from frontend.http.sockets import peer_is_local
 from frontend.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,6 @@ class Connection(asyncio.Protocol):
         self._reader = RequestReader(self, max_body_bytes=connections.max_body_bytes)
         self._transport: asyncio.Transport
         self.is_writable = True
-        self.peer_is_local = False
         self.due_s = float("inf")
         """When to end the connection, unless something happens."""
         self._active: Exchange | None = None
@@ -148,8 +147,6 @@ class Connection(asyncio.Protocol):
             return
         self._is_open = True
         self._set_due(REQUEST_TIMEOUT_S)
-        self.peer_is_local = peer_is_local(transport)
-        limit_unsent(transport)
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
@@ -234,6 +231,10 @@ class Connection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         if self._is_open:
             self._transport.write(data)
+
+    @property
+    def peer_is_local(self) -> bool:
+        return peer_is_local(self._transport)
 
     @property
     def max_unread_tokens(self) -> int:

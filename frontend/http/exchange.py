@@ -35,7 +35,9 @@ class Outlet(Protocol):
     """Where an answer goes: a connection."""
 
     is_writable: bool
-    peer_is_local: bool
+
+    @property
+    def peer_is_local(self) -> bool: ...
 
     @property
     def max_unread_tokens(self) -> int: ...

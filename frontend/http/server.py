@@ -49,7 +49,7 @@ class HttpServer:
     async def start(
         cls, listener: socket.socket, engine: AsyncEngine, http: HttpConfig
     ) -> HttpServer:
-        """Serve `engine` on a bound socket."""
+        """Serve `engine` on a socket that is bound and prepared (`prepare_listener`)."""
         router = Router(all_routes(engine, http), AccessRules(http.api_key, http.admin_api_key))
         connections = Connections(
             router,

@@ -23,6 +23,7 @@ from pathlib import Path
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
 from frontend.http.server import HttpServer
+from frontend.http.sockets import prepare_listener
 from ipc.sockets import remove_private_directories
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ def _listener(http: HttpConfig) -> Iterator[socket.socket]:
         raise OSError(f"host {http.host!r} is unknown ({error.strerror}); check --host") from None
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        prepare_listener(listener)
         _bind(listener, address, where, "--port", "--host and --port")
         yield listener
 

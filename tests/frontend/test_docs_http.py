@@ -42,12 +42,21 @@ def examples() -> list[Example]:
     return [Example(*match) for match in re.findall(fence, PAGE, re.DOTALL)]
 
 
-async def run(command: str, program: str, directory: Path) -> tuple[str, list[int]]:
-    """What a command prints, and the HTTP status of each of its calls."""
-    options = "--max-time 20 -w '%{stderr}%{http_code}\n'"
+async def run(command: str, program: str, directory: Path, url: str) -> tuple[str, list[int]]:
+    """What a command prints, and the HTTP status of each of its calls. Its `sleep` takes as long as
+    it must until tokens come.
+    """
+    script = f"""
+        curl() {{ {program} --max-time 20 -w '%{{stderr}}%{{http_code}}\n' "$@"; echo; }}
+        sleep() {{
+            until {program} -s {url}/requests | grep -q '"num_output_tokens":[1-9]'; do
+                command sleep 0.05
+            done
+        }}
+        {command.replace(BASE_URL, url)}
+    """
     process = await asyncio.create_subprocess_exec(
-        *("bash", "-euo", "pipefail", "-c"),
-        f'curl() {{ {program} {options} "$@"; echo; }}\n{command}',
+        *("bash", "-euo", "pipefail", "-c", script),
         cwd=directory,
         env={"PATH": os.environ["PATH"], "NO_PROXY": "*"},
         stdout=asyncio.subprocess.PIPE,
@@ -105,11 +114,10 @@ async def test_every_example_prints_what_the_page_says(program: str, tmp_path: P
     async with served_engine(FrontendConfig()) as served:
         url = str(served.http.base_url).rstrip("/")
         for example in examples():
-            command = example.command.replace(BASE_URL, url)
-            printed, statuses = await run(command, program, tmp_path)
+            printed, statuses = await run(example.command, program, tmp_path, url)
             shown_status = re.findall(r"^HTTP/1.1 (\d+)", example.output, re.MULTILINE)
             expected = [int(status) for status in shown_status] or [200] * len(statuses)
-            assert set(statuses) == set(expected), example.command
+            assert set(statuses) == set(expected), f"{example.command}: {statuses}\n{printed}"
             if example.kind == "json":
                 shown = list(values(example.output))
                 assert_like(shown, list(values(printed)), example.command)

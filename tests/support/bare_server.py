@@ -21,6 +21,7 @@ from typing import Any
 from frontend.http.access import AccessRules
 from frontend.http.connection import Connections
 from frontend.http.router import Route, Router
+from frontend.http.sockets import prepare_listener
 from frontend.metrics import Metrics
 
 TIMEOUT_S = 5.0
@@ -133,6 +134,7 @@ async def bare_server(
         metrics=Metrics(),
     )
     with socket.socket() as listener:
+        prepare_listener(listener)
         listener.bind(("127.0.0.1", 0))
         loop = asyncio.get_running_loop()
         server = await loop.create_server(connections, sock=listener, backlog=128)

@@ -24,6 +24,7 @@ import httpx
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
 from frontend.http.serving import StopSignal, serve_on
+from frontend.http.sockets import prepare_listener
 from ipc.engine_config import EngineConfig
 
 FAKE_MODEL = "fake"
@@ -135,6 +136,7 @@ async def serving(engine: AsyncEngine, **http: Any) -> AsyncIterator[ServedEngin
     """Serve an engine, and shut both down with the block."""
     http = {"shutdown_timeout_s": 0.0} | http
     with socket.socket() as listener:
+        prepare_listener(listener)
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         listener.listen(1024)  # The server listens too, but a test may be faster.
