@@ -24,24 +24,17 @@ from collections.abc import Callable, Sequence
 from frontend.engines.engine_client import EngineClient
 from frontend.errors import EngineDeadError
 from frontend.metrics import Metrics
-from frontend.outputs import AbortCause, FinishReasonName, Stage, Terminal, TokenLogprobs
+from frontend.outputs import AbortCause, Stage, Terminal, TokenLogprobs
 from frontend.requests.auto_aborts import AutoAborts
 from frontend.requests.balancer import Balancer
 from frontend.requests.logprobs import token_logprobs
 from frontend.requests.registry import Entry, RequestRegistry
 from frontend.requests.request_log import RequestLog
+from frontend.requests.terminals import engine_terminal
 from ipc.errors import WireError
-from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, OutputError
+from ipc.output import EngineCoreOutput, EngineCoreOutputs, OutputError
 
 logger = logging.getLogger(__name__)
-
-_FINISH_REASONS: dict[FinishReason, FinishReasonName] = {
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.ABORT: "abort",
-    FinishReason.ERROR: "error",
-    FinishReason.REPETITION: "repetition",
-}
 
 
 class Dispatcher:
@@ -175,6 +168,13 @@ class Dispatcher:
             if ending.cause is AbortCause.DROPPED_STREAM:
                 self.metrics.on_freed(self.clock() - ending.ended_s)
             self.registry.end(internal_id)
+            return
+        entry = self.registry.get(internal_id)
+        if entry is not None and entry.engine_index == rank:
+            self.on_turn_end()
+            fault = f"engine {rank} let the request go without saying how it ended"
+            error = OutputError("engine_protocol_error", fault, True)
+            self._end(entry, Terminal("error", error=error))
 
     def on_bad_frame(self, rank: int, error: WireError) -> None:
         """What the frame said is lost, so none of this engine's requests can end rightly."""
@@ -217,7 +217,7 @@ class Dispatcher:
             logprobs = token_logprobs(output.new_logprobs, len(output.new_token_ids))
         goes_on = self._process(entry, token_ids, now, logprobs, is_finished=reason is not None)
         if goes_on and reason is not None:
-            self._end(entry, _terminal(output, reason, entry.abort_cause))
+            self._end(entry, engine_terminal(output, reason, entry.abort_cause))
 
     def _process(
         self,
@@ -296,16 +296,3 @@ class Dispatcher:
         if cause is not None:
             self.metrics.on_abort(cause, stage)
         self.request_log.note_end(entry, cause, stage, age_s)
-
-
-def _terminal(
-    output: EngineCoreOutput, reason: FinishReason, abort_cause: AbortCause | None
-) -> Terminal:
-    """An engine's last word on a request."""
-    name = _FINISH_REASONS[reason]
-    if name == "abort":
-        return Terminal(name, abort_cause=abort_cause or AbortCause.ENGINE)
-    if name == "error":
-        unexplained = OutputError("internal_error", "the engine failed on this request", False)
-        return Terminal(name, error=output.error or unexplained)
-    return Terminal(name, stop_reason=output.stop_reason)

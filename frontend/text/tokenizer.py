@@ -124,10 +124,6 @@ class Tokenizer:
         """The bytes of a token that begins a text, for tokenizers where they differ."""
         return self._first_tables.get(skip_special_tokens)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

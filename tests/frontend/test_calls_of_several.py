@@ -9,7 +9,6 @@ import pytest
 from frontend.errors import DuplicateRequestIdError, InvalidRequestError, OverloadedError
 from frontend.requests.intake import NewRequest
 from frontend.sampling_params import SamplingParams
-from ipc.abort import Abort
 from tests.support.auto_answers import AutoAnswers
 from tests.support.mock_fleet import mock_fleet
 
@@ -103,26 +102,3 @@ async def test_a_final_only_request_comes_as_one_output_with_everything() -> Non
             outputs = [output async for output in stream]
         assert [len(output.token_ids) for output in outputs] == [20]
         assert outputs[0].finish_reason == "length"
-
-
-async def test_L11_a_request_is_ending_until_its_engine_says_that_it_left() -> None:
-    async with mock_fleet() as (frontend, [engine]):
-        engine.confirms_aborts = False
-        stream = frontend.generate(prompt_token_ids=[1], sampling_params=LONG, request_id="a")
-        request = await engine.next_add()
-        await engine.send_tokens(request.request_id, [7])
-        await asyncio.wait_for(anext(stream), 5)
-        stream.close()
-        assert await engine.next_abort() == [request.request_id]
-        await engine.send_tokens(request.request_id, [8, 9])
-        async with asyncio.timeout(5):
-            while frontend.metrics.num_wasted_tokens < 2:  # noqa: ASYNC110  # no event to await
-                await asyncio.sleep(0.005)
-        assert (frontend.num_live_requests, frontend.num_ending_requests) == (0, 1)
-        assert frontend.metrics.hang_up_to_blocks_freed.total == 0
-        await engine.confirm([request.request_id])
-        async with asyncio.timeout(5):
-            while frontend.num_ending_requests:  # noqa: ASYNC110  # no event to await
-                await asyncio.sleep(0.005)
-        assert frontend.metrics.hang_up_to_blocks_freed.total > 0
-        assert sum(isinstance(one.message, Abort) for one in engine.received) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Sequence
 
 import pytest
 
@@ -14,9 +15,9 @@ from frontend.requests.stream import RequestStream
 LENGTH = Terminal("length")
 
 
-def opened(**mailbox_options: int) -> tuple[Mailbox, RequestStream, list[str]]:
+def opened(*, stream_interval: int = 1) -> tuple[Mailbox, RequestStream, list[str]]:
     """A mailbox, its stream, and a list that grows when the stream is dropped."""
-    mailbox = Mailbox("r", **mailbox_options)
+    mailbox = Mailbox("r", stream_interval)
     drops: list[str] = []
 
     def drop(_: object = None) -> None:
@@ -137,3 +138,45 @@ async def test_losing_the_last_reference_drops() -> None:
     del stream
     gc.collect()
     assert drops == ["r"]
+
+
+async def test_a_plain_delta_that_finds_nothing_unread_is_offered_the_short_way() -> None:
+    mailbox, stream, _ = opened()
+    taken: list[tuple[str, list[int]]] = []
+    keeps_up = True
+
+    def on_delta(text: str, token_ids: Sequence[int]) -> bool:
+        if keeps_up:
+            taken.append((text, list(token_ids)))
+        return keeps_up
+
+    news: list[None] = []
+    stream.listen(lambda: news.append(None), on_delta)
+    mailbox.put("a", [1])
+    assert (taken, news) == ([("a", [1])], [])
+    keeps_up = False
+    mailbox.put("b", [2])
+    keeps_up = True
+    mailbox.put("c", [3])
+    assert taken == [("a", [1])], "what came later must not overtake what is unread"
+    output = stream.take()
+    assert output is not None
+    assert (output.text, output.token_ids) == ("bc", (2, 3))
+    mailbox.put("d", [4])
+    mailbox.put("e", [5], is_last=True)
+    mailbox.finish(LENGTH)
+    assert taken == [("a", [1]), ("d", [4])]
+    last = stream.take()
+    assert last is not None
+    assert (last.token_ids, last.finish_reason) == ((5,), "length")
+
+
+async def test_with_a_stream_interval_no_delta_takes_the_short_way() -> None:
+    mailbox, stream, _ = opened(stream_interval=3)
+    stream.listen(lambda: None, lambda text, token_ids: True)
+    mailbox.put("a", [1])
+    output = stream.take()
+    assert output is not None
+    assert output.token_ids == (1,)
+    mailbox.put("b", [2])
+    assert stream.take() is None

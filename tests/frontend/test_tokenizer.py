@@ -170,7 +170,6 @@ TEMPLATE = """{{ bos_token }}
 def test_a_chat_becomes_a_prompt(tmp_path: Path) -> None:
     config = {"eos_token": EOS, "bos_token": "<s>", "chat_template": TEMPLATE}
     tokenizer = Tokenizer(save_model(tmp_path, byte_level(), tokenizer_config=config))
-    assert tokenizer.has_chat_template
     assert tokenizer.apply_chat_template(CHAT) == "<s>[user]hi <b>[assistant]yo[assistant]"
     prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=False)
     assert prompt == "<s>[user]hi <b>[assistant]yo"
@@ -193,7 +192,6 @@ def test_the_template_file_wins_and_of_several_the_default_one(tmp_path: Path) -
 
 
 def test_a_chat_without_a_template_is_refused_with_the_remedy() -> None:
-    assert not LLAMA_LIKE.has_chat_template
     with pytest.raises(ChatTemplateError, match="no chat template; send a plain prompt"):
         LLAMA_LIKE.apply_chat_template(CHAT)
 
