@@ -70,6 +70,7 @@ class Exchange:
         "on_writable",
         "path",
         "path_params",
+        "request_id",
     )
 
     def __init__(
@@ -92,6 +93,8 @@ class Exchange:
         self.keep_alive = keep_alive
         """Whether the connection serves another request after this one."""
         self.body = b""
+        self.request_id = headers.get(REQUEST_ID_HEADER, "")
+        """Sent back as X-Request-Id, where it can be: the client's, or the one its request got."""
         self.path_params: dict[str, str] = {}
         self.has_begun = False
         self.is_finished = False
@@ -192,9 +195,8 @@ class Exchange:
             self._outlet.on_answered(self)
 
     def _head(self, status: int, fields: str, headers: Iterable[tuple[str, str]]) -> bytes:
-        request_id = self.headers.get(REQUEST_ID_HEADER)
-        if request_id is not None and len(request_id) <= MAX_REQUEST_ID_LENGTH:
-            fields += f"{REQUEST_ID_HEADER}: {request_id}\r\n"
+        if _is_header_safe(self.request_id):
+            fields += f"{REQUEST_ID_HEADER}: {self.request_id}\r\n"
         for name, value in headers:
             fields += f"{name}: {value}\r\n"
         if not self.keep_alive:
@@ -203,3 +205,8 @@ class Exchange:
             fields += "connection: keep-alive\r\n"
         date = self._outlet.date_header()
         return _STATUS_LINES[status] + date + fields.encode("latin-1", "replace") + b"\r\n"
+
+
+def _is_header_safe(request_id: str) -> bool:
+    """Ids from a body may hold what would end the header, or begin another."""
+    return 0 < len(request_id) <= MAX_REQUEST_ID_LENGTH and request_id.isprintable()

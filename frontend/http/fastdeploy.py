@@ -11,10 +11,13 @@ from frontend.async_engine import AsyncEngine
 from frontend.http import control
 from frontend.http.access import Access
 from frontend.http.bodies import read_body
+from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.router import Route
 from frontend.outputs import AbortReceipt
 from frontend.requests.explicit_abort import Selector
+
+_NO_SELECTOR = "must provide abort_all=true or req_ids"
 
 
 class FastDeployAbortBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -50,8 +53,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
     async def abort_requests(exchange: Exchange) -> None:
         body = read_body(exchange.body, FastDeployAbortBody)
         if not body.abort_all and not body.req_ids:
-            exchange.respond_json({"error": "must provide abort_all=true or req_ids"}, 400)
-            return
+            raise ApiError(400, _NO_SELECTOR)
         if body.abort_all:
             selector = Selector(everything=True)
         else:
@@ -68,8 +70,16 @@ def routes(engine: AsyncEngine) -> list[Route]:
             access=Access.ADMIN,
             body=FastDeployAbortBody,
             reply=FastDeployAbortReply,
+            error_body=_error_body,
         )
     ]
+
+
+def _error_body(error: ApiError) -> bytes:
+    """FastDeploy's shape for the error that FastDeploy has; the others keep OpenAI's."""
+    if str(error) == _NO_SELECTOR:
+        return msgspec.json.encode({"error": _NO_SELECTOR})
+    return error.body()
 
 
 def _reply(receipt: AbortReceipt) -> FastDeployAbortReply:

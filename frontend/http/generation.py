@@ -66,11 +66,12 @@ def generate(
 
     Raises what `AsyncEngine.accept` raises; the answer is written from the event loop.
     """
-    if stream:
-        StreamedAnswer(exchange, engine.accept(requests), form)
-    else:
-        whole = [dataclasses.replace(request, is_final_only=True) for request in requests]
-        WholeAnswer(exchange, engine.accept(whole), form)
+    if not stream:
+        requests = [dataclasses.replace(request, is_final_only=True) for request in requests]
+    streams = engine.accept(requests)
+    exchange.request_id = exchange.request_id or requests[0].batch_id or streams[0].request_id
+    answer = StreamedAnswer if stream else WholeAnswer
+    answer(exchange, streams, form)
 
 
 class _Answer:

@@ -1,8 +1,7 @@
-"""The OpenAPI 3.1 page of a server: made from its routes, so that it says what they do.
+"""The OpenAPI page of a server: made from its routes, so that it says what they do.
 
-Structs become named schemas. A stream of server-sent events is described as text whose `data:`
-lines hold JSON of a schema of its own (JSON Schema's `contentSchema`); most dialects end it with
-`data: [DONE]`.
+Structs become named schemas. OpenAPI 3.2 is the first that can describe a stream of server-sent
+events, by the schema of one event (`itemSchema`); its `data` is JSON of a schema of its own.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def document(described: Sequence[Route]) -> Schema:
     for route in described:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "Caesura",
             "version": _version(),
@@ -98,7 +97,7 @@ class _Schemas:
     def __init__(self, described: Iterable[Route]) -> None:
         types: list[Any] = [ErrorReply]
         for route in described:
-            given = (route.body, route.query, route.reply, route.event)
+            given = (route.body, route.query, route.reply, *_event_kinds(route))
             types += [kind for kind in given if kind is not None and kind not in types]
         schemas, self.components = msgspec.json.schema_components(types, ref_template=_REF_TEMPLATE)
         self._types, self._schemas = types, tuple(schemas)
@@ -151,7 +150,8 @@ def _responses(route: Route, schemas: _Schemas) -> Schema:
     if route.reply is not None:
         content[JSON] = {"schema": schemas.of(route.reply)}
     if route.event is not None:
-        content["text/event-stream"] = {"schema": _event_stream(schemas.of(route.event))}
+        events = [schemas.of(kind) for kind in _event_kinds(route)]
+        content["text/event-stream"] = {"itemSchema": _event(events)}
     faults = {
         "400": "A field is wrong, or the fields do not go together; the message says which.",
         "503": "Nothing can serve it now; Retry-After says when to try again.",
@@ -173,13 +173,20 @@ def _responses(route: Route, schemas: _Schemas) -> Schema:
     return responses
 
 
-def _event_stream(event: Schema) -> Schema:
+def _event_kinds(route: Route) -> Sequence[Any]:
+    """The types of an event's data; where the route names only one, an error is the other."""
+    if route.event is None:
+        return ()
+    return route.event if isinstance(route.event, tuple) else (route.event, ErrorReply)
+
+
+def _event(kinds: list[Schema]) -> Schema:
+    data = {"contentMediaType": JSON, "contentSchema": {"anyOf": kinds}}
+    last = {"const": "[DONE]"}
     return {
-        "type": "string",
-        "description": "Server-sent events. Each `data:` line holds JSON of the content schema; "
-        "the last one may be `[DONE]`.",
-        "contentMediaType": JSON,
-        "contentSchema": event,
+        "type": "object",
+        "properties": {"data": {"type": "string", "anyOf": [data, last]}},
+        "required": ["data"],
     }
 
 

@@ -2,7 +2,8 @@
 
 Everything but the prompts may be given once for all of them or as a list with one entry a prompt.
 With `n` above 1 a prompt becomes that many requests, and the answer is one flat list, all samples
-of the first prompt first.
+of the first prompt first. With `max_new_tokens` 0 a prompt is scored and nothing generated: an
+engine samples at least one token, which is then withheld and not counted.
 
 Names: a request is called by its own `rid`. A string that names several requests is the name of
 their batch; the requests themselves are `rid_0`, `rid_1`, ...
@@ -36,6 +37,13 @@ NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
 }
 """SGLang's arguments without a counterpart here, with the values that ask for nothing."""
 
+_ONE_TOKEN = {
+    **dict.fromkeys(("min_new_tokens", "stop", "stop_token_ids")),
+    "max_new_tokens": 1,
+    "ignore_eos": True,
+}
+"""In place of `max_new_tokens` 0: the prompt is computed, and the end is always by length."""
+
 SamplingArgument = SamplingParams | Mapping[str, object] | None
 
 
@@ -50,6 +58,8 @@ class GenerateCall:
     logprob_starts: tuple[int, ...]
     """For each request the first position of the prompt whose log-probability is told, if any is.
     """
+    is_prompt_only: tuple[bool, ...]
+    """For each request whether it asks for no output."""
     started_at_s: float = field(default_factory=time.monotonic)
 
 
@@ -84,8 +94,9 @@ def read_call(
     texts, ids, is_batch = _prompts(prompt, input_ids)
     num = len(texts)
     starts = _one_each("logprob_start_len", logprob_start_len, num)
+    params_of_each = _one_each("sampling_params", sampling_params, num)
     columns = zip(
-        _one_each("sampling_params", sampling_params, num),
+        params_of_each,
         _one_each("return_logprob", return_logprob, num),
         _one_each("top_logprobs_num", top_logprobs_num, num),
         starts,
@@ -126,7 +137,19 @@ def read_call(
         logprob_starts=tuple(
             max(0, start or 0) for start, each in zip(starts, samples, strict=True) for _ in each
         ),
+        is_prompt_only=tuple(
+            _asks_for_no_output(params)
+            for params, each in zip(params_of_each, samples, strict=True)
+            for _ in each
+        ),
     )
+
+
+def _asks_for_no_output(params: SamplingArgument) -> bool:
+    if isinstance(params, SamplingParams) or not params:
+        return False
+    num_tokens = params.get("max_new_tokens")
+    return type(num_tokens) is int and num_tokens == 0
 
 
 def _prompts(
@@ -188,6 +211,8 @@ def _samples(
                     f"n={given!r:.80} must be an integer from 1 to {MAX_SAMPLES}"
                 )
             num_samples = given
+        if _asks_for_no_output(params):
+            params |= _ONE_TOKEN
         params = SamplingParams.from_sglang(params)
     if return_logprob:
         num_top = top_logprobs_num or 0

@@ -33,6 +33,7 @@ class ResultBuilder:
         carry no text.
         """
         self._call = call
+        self._is_prompt_only = call.is_prompt_only[index]
         self._num_top = call.requests[index].sampling_params.logprobs
         self._has_text = has_text
         self._token_text = token_text if call.return_text_in_logprobs else None
@@ -46,9 +47,10 @@ class ResultBuilder:
         self, output: RequestOutput | RequestResult, prompt_token_ids: Sequence[int] = ()
     ) -> dict[str, Any]:
         """Take the next output; returns the dictionary for all of them so far."""
-        self._text += output.text
-        self._token_ids += output.token_ids
-        self._logprobs += output.logprobs
+        if not self._is_prompt_only:
+            self._text += output.text
+            self._token_ids += output.token_ids
+            self._logprobs += output.logprobs
         last_token_id = self._token_ids[-1] if self._token_ids else None
         info = meta_info(output, len(self._token_ids), last_token_id, self._call.started_at_s)
         if self._num_top is not None:

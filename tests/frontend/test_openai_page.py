@@ -89,15 +89,17 @@ def page() -> dict[str, Any]:
 
 def test_the_page_names_every_route_with_what_it_takes_and_answers() -> None:
     document = page()
-    assert document["openapi"].startswith("3.1")
+    assert document["openapi"].startswith("3.2")
     assert set(document["paths"]) >= {"/v1/completions", "/v1/chat/completions", "/v1/models"}
     operation = document["paths"]["/v1/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/CompletionBody"}
     content = operation["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/Completion")
-    stream = content["text/event-stream"]["schema"]
-    assert stream["contentSchema"]["$ref"].endswith("/Completion")
+    data = content["text/event-stream"]["itemSchema"]["properties"]["data"]
+    [event, error] = data["anyOf"][0]["contentSchema"]["anyOf"]
+    assert event["$ref"].endswith("/Completion")
+    assert error["$ref"].endswith("/ErrorReply")
     assert {"400", "401", "404", "413", "503", "default"} <= set(operation["responses"])
     assert "403" not in operation["responses"]
 

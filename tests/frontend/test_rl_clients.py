@@ -5,6 +5,7 @@ running server with the bundled model: slime, miles, AReaL, verl and ROLL.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -114,6 +115,32 @@ async def test_L2_slimes_group_draws_by_seed_and_keeps_the_stop_token(
     assert stopped["output_ids"] == [first]
     assert stopped["text"]
     assert stopped["meta_info"]["finish_reason"] == {"type": "stop", "matched": first}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_slimes_teacher_scores_a_rollout_and_generates_nothing(
+    http: httpx.AsyncClient, stream: bool
+) -> None:
+    params = {"temperature": 0, "max_new_tokens": 0, "skip_special_tokens": False}
+    body = {
+        "input_ids": PROMPT_IDS,
+        "sampling_params": params,
+        "return_logprob": True,
+        "logprob_start_len": 0,
+        "stream": stream,
+    }
+    if stream:
+        answer = await http.post("/generate", json=body)
+        result = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))
+    else:
+        result = await post(http, "/generate", body)
+    info = result["meta_info"]
+    assert (result["text"], result["output_ids"], info["output_token_logprobs"]) == ("", [], [])
+    assert info["finish_reason"] == {"type": "length", "length": 0}
+    assert info["completion_tokens"] == 0
+    scores = [logprob for logprob, _, _ in info["input_token_logprobs"]]
+    assert scores[0] is None
+    await assert_scored_by_the_model(http, PROMPT_IDS[:1], PROMPT_IDS[1:], scores[1:])
 
 
 async def test_L6_miles_aborts_once_and_collects_top_logprobs(http: httpx.AsyncClient) -> None:

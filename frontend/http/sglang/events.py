@@ -73,7 +73,8 @@ class _GrowingEvent:
 
     __slots__ = (
         *("_ids", "_last_token_id", "_num_tokens", "_num_top", "_sampled", "_started_at_s"),
-        *("_prompt", "_prompt_top", "_start", "_tail", "_text", "_token_text", "_top"),
+        *("_is_prompt_only", "_prompt", "_prompt_top", "_start", "_tail", "_text"),
+        *("_token_text", "_top"),
     )
 
     def __init__(self, call: GenerateCall, index: int, token_text: TokenText | None) -> None:
@@ -83,6 +84,7 @@ class _GrowingEvent:
         self._text = bytearray()
         self._ids = bytearray()
         self._start = call.logprob_starts[index]
+        self._is_prompt_only = call.is_prompt_only[index]
         self._prompt = self._prompt_top = b"[]"
         self._sampled = bytearray()
         self._top = bytearray()
@@ -91,6 +93,8 @@ class _GrowingEvent:
         self._tail = b'},"index":%d}\n\n' % index if call.is_list else b"}}\n\n"
 
     def add(self, output: RequestOutput, stream: RequestStream) -> bytes:
+        if self._is_prompt_only:
+            output = output._replace(text="", token_ids=(), logprobs=())
         self._text += _encode(output.text)[1:-1]
         if output.token_ids:
             self._num_tokens += len(output.token_ids)

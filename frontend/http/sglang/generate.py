@@ -21,6 +21,7 @@ from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER, Exc
 from frontend.http.generation import generate
 from frontend.http.router import Route
 from frontend.http.sglang.events import GenerateForm
+from frontend.outputs import AbortCause
 from frontend.sglang.calls import NOT_SUPPORTED, GenerateCall, read_call
 from frontend.sglang.results import LogprobEntry
 
@@ -50,9 +51,27 @@ class SglangGenerateBody(msgspec.Struct, kw_only=True):
     """The age at which a request is aborted, with its partial result; likewise Caesura's own."""
 
 
+class Stopped(msgspec.Struct, tag_field="type", tag="stop"):
+    matched: int | str | None
+    """The token or the stop string that ended it."""
+
+
+class LengthReached(msgspec.Struct, tag_field="type", tag="length"):
+    length: int
+
+
+class Aborted(msgspec.Struct, tag_field="type", tag="abort"):
+    """Ended by someone, or by an error, which then has a status code."""
+
+    message: str
+    status_code: int | None
+    err_type: str | None
+    abort_cause: AbortCause | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class MetaInfo(msgspec.Struct, omit_defaults=True):
     id: str
-    finish_reason: dict[str, Any] | None
+    finish_reason: Stopped | LengthReached | Aborted | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -64,6 +83,21 @@ class MetaInfo(msgspec.Struct, omit_defaults=True):
     output_token_logprobs: list[LogprobEntry] = []
     input_top_logprobs: list[list[LogprobEntry] | None] = []
     output_top_logprobs: list[list[LogprobEntry]] = []
+
+
+class ErrorInStream(msgspec.Struct, rename={"kind": "type"}):
+    message: str
+    kind: str
+    code: int
+    """An HTTP status."""
+    retryable: bool
+
+
+class SglangErrorEvent(msgspec.Struct, omit_defaults=True):
+    """A request failed after its stream had begun."""
+
+    error: ErrorInStream
+    index: int | None = None
 
 
 class SglangResult(msgspec.Struct, omit_defaults=True):
@@ -101,7 +135,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
             access=Access.CLIENT,
             body=SglangGenerateBody,
             reply=SglangResult | list[SglangResult],
-            event=SglangResult,
+            event=(SglangResult, SglangErrorEvent),
         )
         for method in ("POST", "PUT")
     ]

@@ -19,7 +19,7 @@ from frontend.http.openai.replies import (
     PromptTokensDetails,
     Usage,
 )
-from frontend.outputs import AbortCause, RequestOutput
+from frontend.outputs import AbortCause, FinishReasonName, RequestOutput
 from frontend.requests.stream import RequestStream
 
 _encode = msgspec.json.Encoder().encode
@@ -31,7 +31,7 @@ class TokensChoice(msgspec.Struct, kw_only=True):
     index: int
     token_ids: Sequence[int]
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
+    finish_reason: FinishReasonName | None
     abort_cause: AbortCause | msgspec.UnsetType | None = msgspec.UNSET
     """Of an aborted request."""
 
