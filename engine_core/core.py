@@ -150,16 +150,17 @@ class EngineCore:
     # -- aborts --------------------------------------------------------------------------------
 
     def _abort_silently(self, client_index: int, message: Abort, outbox: Outbox) -> None:
-        """An ABORT frame: the named requests end without an output; their ends are confirmed.
-
-        Ids that are not live are ignored.
+        """An ABORT frame: the named requests end without an output; that they hold nothing is
+        confirmed, also of those that ended before: the frame that said so may have been lost.
         """
         self.counters["abort_frames"] += 1
-        ended = [
-            self._end(request, outbox)
-            for request_id in message.request_ids
-            if (request := self._find(client_index, request_id)) is not None
-        ]
+        ended = []
+        for request_id in dict.fromkeys(message.request_ids):
+            request = self._find(client_index, request_id)
+            if request is None:
+                outbox.confirm_end(client_index, request_id)
+            else:
+                ended.append(self._end(request, outbox))
         logger.info(
             "abort frame of client %d with %d ids ended %s",
             client_index,

@@ -157,6 +157,7 @@ class FakeRunner:
         return StepResult(token_ids, logprobs, of_prompts)
 
     def _fake_logprobs(self, token_id: int, num_logprobs: int) -> LogprobsLists:
+        num_logprobs = min(num_logprobs, self.vocab_size)
         ids = [token_id] + [(token_id + k) % self.vocab_size for k in range(num_logprobs)]
         return LogprobsLists(
             np.array([ids], np.int32),

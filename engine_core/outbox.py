@@ -4,8 +4,9 @@ Invariants
 - Frames leave in the order in which their contents were added, per client.
 - A utility reply has a frame of its own, behind every output added before it.
 - Statistics ride on the first client's last output frame, or travel alone.
-- An ended request is confirmed (`finished_requests`) to its client once, when its blocks have left
-  it: in the frame of its terminal output or, where there is none, in the next one to that client.
+- An ended request is confirmed (`finished_requests`) to its client when its blocks have left it: in
+  the frame of its terminal output or, where there is none, in the next one to that client. An ABORT
+  of a request that is gone confirms it once more.
 """
 
 from __future__ import annotations

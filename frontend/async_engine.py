@@ -64,6 +64,7 @@ class AsyncEngine:
         self._thread_id = threading.get_ident()
         self._shutdown: asyncio.Task[None] | None = None
         self._grace_is_over = asyncio.Event()
+        self._grace_timer: asyncio.TimerHandle | None = None
         self._is_shut_down = False
         registrations = dispatcher.client.registrations
         dispatcher.foreign_engines.update(
@@ -180,12 +181,12 @@ class AsyncEngine:
         if threading.get_ident() == self._thread_id:
             self._dispatcher.drop(internal_id, cause)
         else:
-            self._drop_later(internal_id)
+            self._drop_later(internal_id, cause)
 
-    def _drop_later(self, internal_id: str) -> None:
+    def _drop_later(self, internal_id: str, cause: AbortCause = AbortCause.DROPPED_STREAM) -> None:
         """For any thread, and for the middle of a garbage collection."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every request
-            self._loop.call_soon_threadsafe(self._dispatcher.drop, internal_id)
+            self._loop.call_soon_threadsafe(self._dispatcher.drop, internal_id, cause)
 
     # -- control -------------------------------------------------------------------------------
 
@@ -212,11 +213,14 @@ class AsyncEngine:
         pending = self._aborts.start(selector, AbortCause.EXPLICIT)
         return await self._aborts.finish(pending, timeout_s) if wait else pending.receipt
 
-    async def status(self, timeout_s: float = 5.0) -> dict[int, EngineStatus]:
-        """What each living Caesura engine says of itself, its books checked; an engine that does
-        not answer rightly and in time is left out.
+    async def status(
+        self, timeout_s: float = 5.0, *, check_integrity: bool = True
+    ) -> dict[int, EngineStatus]:
+        """What each living Caesura engine says of itself; one that does not answer rightly and in
+        time is left out. Checking its books holds up its next step, by some milliseconds where it
+        is full.
         """
-        return await engine_statuses(self._dispatcher, timeout_s)
+        return await engine_statuses(self._dispatcher, timeout_s, check_integrity=check_integrity)
 
     async def list_requests(self) -> list[LiveRequest]:
         """Every request that holds something, here or in an engine, in order of acceptance; those
@@ -255,6 +259,11 @@ class AsyncEngine:
         return len(self._dispatcher.registry)
 
     @property
+    def num_in_flight(self) -> Sequence[int]:
+        """By rank: requests that each engine was sent and, as far as is known here, still runs."""
+        return tuple(self._dispatcher.registry.num_in_flight)
+
+    @property
     def num_ending_requests(self) -> int:
         """Those that have ended here and that their engine has not yet let go."""
         return self._dispatcher.registry.num_ending
@@ -277,20 +286,24 @@ class AsyncEngine:
             self._shutdown = self._loop.create_task(self._shut_down())
         if grace_s <= 0 or not self.num_live_requests:
             self._grace_is_over.set()
-        else:
-            self._loop.call_later(grace_s, self._grace_is_over.set)
+        elif self._grace_timer is None:
+            self._grace_timer = self._loop.call_later(grace_s, self._grace_is_over.set)
         await asyncio.shield(self._shutdown)
 
     async def _shut_down(self) -> None:
         with contextlib.closing(self._dispatcher.client):  # Also when the loop itself is given up.
             await self._grace_is_over.wait()
-            pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
-            await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
-            terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
-            self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
-            self._is_shut_down = True
-            self._dispatcher.close()
-            await self._loop.run_in_executor(None, self._supervisor.terminate)
+            if self._grace_timer is not None:
+                self._grace_timer.cancel()
+            try:
+                pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
+                await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)
+                terminal = Terminal("abort", abort_cause=AbortCause.SHUTDOWN)
+                self._dispatcher.end_without_engine(list(self._dispatcher.registry), terminal)
+            finally:
+                self._is_shut_down = True
+                self._dispatcher.close()
+                await self._loop.run_in_executor(None, self._supervisor.terminate)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -25,6 +25,7 @@ class AbortCause(StrEnum):
     """Another request of the same call could not be accepted."""
     SHUTDOWN = "shutdown"
     ENGINE_FAULT = "engine_fault"
+    FRONTEND_FAULT = "frontend_fault"
     ENGINE = "engine"
     """The engine ended it of its own accord, as when it shuts down."""
 

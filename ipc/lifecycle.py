@@ -14,7 +14,7 @@ from ipc.errors import mismatch, shorten
 CAESURA_ABORT = "caesura_abort"
 """Arguments: request ids, cause. Result: AbortReceipt."""
 CAESURA_STATUS = "caesura_status"
-"""No arguments. Result: EngineStatus."""
+"""Argument: whether to check the books, by default true. Result: EngineStatus."""
 CAESURA_REQUESTS = "caesura_requests"
 """No arguments. Result: LiveRequests, those of the calling client."""
 

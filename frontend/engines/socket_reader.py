@@ -66,12 +66,16 @@ class SocketReader:
         self._end_turn()
 
     def _drain(self) -> None:
-        for _ in range(MESSAGES_PER_TURN):
-            if not self._read_one():
-                break
-        else:
-            self._loop.call_soon(self._drain)
-        self._end_turn()
+        is_empty = False
+        try:
+            for _ in range(MESSAGES_PER_TURN):
+                if is_empty := not self._read_one():
+                    break
+        finally:
+            # Whatever happened: no edge will tell again of what is still there.
+            if not is_empty:
+                self._loop.call_soon(self._drain)
+            self._end_turn()
 
     def _end_turn(self) -> None:
         if self._on_turn_end is not None:

@@ -61,5 +61,22 @@ def _is_from_this_machine(exchange: Exchange) -> bool:
     headers = exchange.headers
     if not exchange.peer_is_local or "forwarded" in headers or "x-forwarded-for" in headers:
         return False
+    # A web page may have had its own name resolved to this machine; the browser still tells it.
+    host = headers.get("host", "")
+    if not _names_this_machine(host):
+        return False
     origin = headers.get("origin")  # Sent by browsers, of the page that makes the request.
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    return origin is None or urlsplit(origin).netloc == host
+
+
+def _names_this_machine(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or "localhost"
+    except ValueError:
+        return False
+    return name in ("localhost", "::1") or name.startswith("127.") or not _is_domain(name)
+
+
+def _is_domain(name: str) -> bool:
+    """Whether somebody's name server had a say in it: an address or a bare name is nobody's."""
+    return "." in name and not name.replace(".", "").isdecimal()

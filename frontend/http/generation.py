@@ -137,9 +137,12 @@ class StreamedAnswer(_Answer):
 
     def _on_news(self, index: int, stream: RequestStream) -> None:
         exchange = self._exchange
+        if exchange.is_finished:
+            return
         if not exchange.is_writable:
-            if stream.num_unread_tokens > exchange.max_unread_tokens:
-                self._end_slow_reader(index, stream.num_unread_tokens)
+            num_unread_tokens = sum(one.num_unread_tokens for one in self._streams)
+            if num_unread_tokens > exchange.max_unread_tokens:
+                self._end_slow_reader(index, num_unread_tokens)
             return
         output = stream.take()
         if output is None:
@@ -162,8 +165,9 @@ class StreamedAnswer(_Answer):
         self._num_open -= 1
         error = errors.from_terminal(output)
         if error is not None:
-            if not self._exchange.has_begun and self._num_open == 0:
+            if not self._exchange.has_begun:
                 error.answer(self._exchange)
+                self._close_streams()  # One failed before anything was sent, so the call did.
                 return
             data = self._form.error_event(index, error)
         else:

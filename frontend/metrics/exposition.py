@@ -107,7 +107,9 @@ class _FamilyCollector(Collector):
             (([reason], count) for reason, count in metrics.num_finished.items()),
         )
         yield _counter(
-            "prompt_tokens", "Prompt tokens that were computed.", metrics.num_prompt_tokens
+            "prompt_tokens",
+            "Prompt tokens of requests that got their first token, cached ones too.",
+            metrics.num_prompt_tokens,
         )
         yield _counter(
             "generation_tokens", "Tokens given to requests.", metrics.num_generation_tokens

@@ -18,11 +18,11 @@ from typing import get_args
 
 from frontend.metrics.histogram import Histogram, doubling_buckets, seconds_buckets
 from frontend.outputs import AbortCause, FinishReasonName, Stage
+from frontend.requests.abort_queue import MAX_IDS_PER_FRAME
 from frontend.requests.admission import LimitName
 from ipc.output import EngineCoreEvent, EventType
 from ipc.stats import SchedulerStats
 
-_MAX_ABORT_FRAME_IDS = 1024
 _MAX_REQUEST_TOKENS = 1 << 20
 
 
@@ -56,7 +56,7 @@ class Metrics:
         self.hang_up_to_blocks_freed = Histogram(seconds_buckets(-4, 10.0))
         self.prompt_lengths = Histogram(doubling_buckets(_MAX_REQUEST_TOKENS))
         self.output_lengths = Histogram(doubling_buckets(_MAX_REQUEST_TOKENS))
-        self.abort_frame_ids = Histogram(doubling_buckets(_MAX_ABORT_FRAME_IDS))
+        self.abort_frame_ids = Histogram(doubling_buckets(MAX_IDS_PER_FRAME))
         self.num_accepted = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -82,7 +82,7 @@ class Metrics:
 
     def on_first_tokens(self, num_tokens: int, ttft_s: float, num_prompt_tokens: int) -> None:
         """The first token of a request came, and what came with it, `ttft_s` after its acceptance.
-        Its whole prompt has been computed now."""
+        Its whole prompt has been computed by now, or was cached."""
         self.num_generation_tokens += num_tokens
         self.num_prompt_tokens += num_prompt_tokens
         self.time_to_first_token.observe(ttft_s)

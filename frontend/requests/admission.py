@@ -34,10 +34,10 @@ class Place:
         admission.num_queued_tokens += num_prompt_tokens
 
     def set_num_prompt_tokens(self, num_prompt_tokens: int) -> None:
-        """Its prompt was tokenized after all. Raises OverloadedError if so many tokens are too
-        many; the request is then to be ended, and with it the place."""
+        """Its prompt was tokenized after all. Whether so many are welcome is `check`ed before, for
+        all requests of the call together.
+        """
         if self._admission is not None:
-            self._admission.check(0, num_prompt_tokens)
             self._admission.num_queued_tokens += num_prompt_tokens
             self._num_prompt_tokens += num_prompt_tokens
 

@@ -80,6 +80,8 @@ class Dispatcher:
                 self.client.send(engine_index, frames)
             except EngineDeadError as error:
                 self.on_engine_dead(engine_index, str(error))
+                if self.registry.get(entry.internal_id) is None:
+                    return  # A sibling ended with that engine, and its call with the sibling.
                 continue
             self.registry.mark_sent(entry, engine_index)
             return
@@ -115,6 +117,8 @@ class Dispatcher:
         it. The terminal names the cause.
         """
         assert terminal.abort_cause is not None
+        if not entries:
+            return
         self.on_turn_end()
         for entry in entries:
             self._end(entry, terminal, abort_in_engine=terminal.abort_cause)
@@ -138,7 +142,10 @@ class Dispatcher:
                     self._with_unprocessed.append(entry)
                 entry.unprocessed += output.new_token_ids
             else:
-                self._deliver(entry, output)
+                try:
+                    self._deliver(entry, output)
+                except Exception:
+                    self._end_by_fault(entry)
         for internal_id in outputs.finished_requests or ():
             self._note_left(rank, internal_id)
         stats = outputs.scheduler_stats
@@ -152,7 +159,18 @@ class Dispatcher:
         now = self.clock()
         for entry in entries:
             if entry.unprocessed and entry.terminal is None:
-                self._process(entry, entry.unprocessed, now)
+                try:
+                    self._process(entry, entry.unprocessed, now)
+                except Exception:
+                    self._end_by_fault(entry)
+
+    def _end_by_fault(self, entry: Entry) -> None:
+        """A fault of ours in one request's processing is that request's alone."""
+        logger.exception("request %s met a fault of the front end", entry.request_id)
+        error = OutputError("internal_error", "the front end met a fault; its log says which")
+        entry.processor = None  # It may be what failed.
+        terminal = Terminal("error", abort_cause=AbortCause.FRONTEND_FAULT, error=error)
+        self._end(entry, terminal, abort_in_engine=AbortCause.FRONTEND_FAULT)
 
     def _note_stray(self, rank: int, output: EngineCoreOutput) -> None:
         """News of a request that is not live here, or not this engine's."""
@@ -163,6 +181,7 @@ class Dispatcher:
 
     def _note_left(self, rank: int, internal_id: str) -> None:
         """An engine no longer runs a request; its blocks are free."""
+        self.on_turn_end()  # What it sampled before may hold a stop string.
         ending = self.registry.get_ending(internal_id, rank)
         if ending is not None:
             if ending.cause is AbortCause.DROPPED_STREAM:
@@ -171,7 +190,6 @@ class Dispatcher:
             return
         entry = self.registry.get(internal_id)
         if entry is not None and entry.engine_index == rank:
-            self.on_turn_end()
             fault = f"engine {rank} let the request go without saying how it ended"
             error = OutputError("engine_protocol_error", fault, True)
             self._end(entry, Terminal("error", error=error))

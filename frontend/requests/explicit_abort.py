@@ -26,7 +26,6 @@ from ipc.errors import WireError
 
 logger = logging.getLogger(__name__)
 
-STAGE_TOKENIZING = "tokenizing"
 EXPIRY_TIMEOUT_S = 5.0
 """So long an engine may take to end a request whose deadline passed."""
 
@@ -91,7 +90,7 @@ class ExplicitAborts:
         for entry in selected:
             if entry.engine_index is None:
                 self._dispatcher.end_unsent(entry, Terminal("abort", abort_cause=cause))
-                receipt.requests[entry.request_id] = AbortedRequest("aborted", 0, STAGE_TOKENIZING)
+                receipt.requests[entry.request_id] = AbortedRequest("aborted", 0, entry.stage)
                 continue
             if entry.abort_cause is None:
                 entry.abort_cause, entry.abort_started_s = cause, self._dispatcher.clock()
@@ -130,6 +129,13 @@ class ExplicitAborts:
                 call.cancel()
                 receipt.engines[engine_index] = "timeout"
                 _settle(receipt, entries)
+                logger.warning(
+                    "engine %d did not confirm the abort of %d requests within %g s; the effect "
+                    "follows when it answers",
+                    engine_index,
+                    len(entries),
+                    timeout_s,
+                )
                 continue
             try:
                 answer = lifecycle.AbortReceipt.from_wire(call.result())

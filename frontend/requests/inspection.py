@@ -83,11 +83,11 @@ async def _ask_engines(dispatcher: Dispatcher) -> dict[str, lifecycle.LiveReques
 
 
 async def engine_statuses(
-    dispatcher: Dispatcher, timeout_s: float
+    dispatcher: Dispatcher, timeout_s: float, *, check_integrity: bool
 ) -> dict[int, lifecycle.EngineStatus]:
     """By rank, for those that answer rightly and in time."""
     statuses = {}
-    answers = await _call_all(dispatcher, lifecycle.CAESURA_STATUS, timeout_s)
+    answers = await _call_all(dispatcher, lifecycle.CAESURA_STATUS, timeout_s, check_integrity)
     for rank, answer in answers.items():
         try:
             status = statuses[rank] = lifecycle.EngineStatus.from_wire(answer)
@@ -99,10 +99,12 @@ async def engine_statuses(
     return statuses
 
 
-async def _call_all(dispatcher: Dispatcher, method: str, timeout_s: float) -> dict[int, object]:
+async def _call_all(
+    dispatcher: Dispatcher, method: str, timeout_s: float, *arguments: object
+) -> dict[int, object]:
     """What each living Caesura engine answers in time, by rank."""
     ranks = sorted(dispatcher.alive_engines - dispatcher.foreign_engines)
-    calls = {rank: dispatcher.client.start_call(rank, method) for rank in ranks}
+    calls = {rank: dispatcher.client.start_call(rank, method, *arguments) for rank in ranks}
     if calls:
         await asyncio.wait(calls.values(), timeout=timeout_s)
     answers = {}

@@ -110,18 +110,17 @@ class RequestIntake:
                 self._dispatcher.registry.register(entry)
                 accepted.append(entry)
                 entry.place = self._admission.enter(len(token_ids or ()))
-            for entry, new in zip(entries, requests, strict=True):
+            for entry in entries:
                 if entry.add_frames:
                     self._dispatcher.send(entry)
-                else:
-                    self._tokenize(entry, new)
         except BaseException:
             for entry in accepted:
                 self._dispatcher.take_back(entry)
             raise
+        self._tokenize_long(entries, requests, prompts)
         for entry, new in zip(entries, requests, strict=True):
             self._dispatcher.metrics.on_accepted()
-            if new.timeout_s is not None:
+            if new.timeout_s is not None and entry.terminal is None:
                 entry.deadline = self._loop.call_later(new.timeout_s, self._on_deadline, entry)
         return entries
 
@@ -164,10 +163,7 @@ class RequestIntake:
                 raise InvalidRequestError(
                     f"timeout_s={new.timeout_s!r} must be above 0 and at most {MAX_TIMEOUT_S:g} s"
                 )
-            key = (
-                id(new.prompt if new.prompt is not None else new.prompt_token_ids),
-                new.add_special_tokens,
-            )
+            key = _prompt_key(new)
             if key not in known:
                 known[key] = self._token_ids_at_once(new)
             prompts.append(known[key])
@@ -189,33 +185,51 @@ class RequestIntake:
         self._check_prompt(token_ids)
         return token_ids
 
-    def _tokenize(self, entry: Entry, new: NewRequest) -> None:
-        assert new.prompt is not None
-        encode = partial(
-            self._tokenizer_for_text().encode,
-            new.prompt,
-            add_special_tokens=new.add_special_tokens,
-        )
-        encoding = self._loop.run_in_executor(None, encode)
-        encoding.add_done_callback(partial(self._on_encoded, entry, new))
+    def _tokenize_long(
+        self,
+        entries: Sequence[Entry],
+        requests: Sequence[NewRequest],
+        prompts: Sequence[list[int] | None],
+    ) -> None:
+        """Send each distinct long text of a call to a worker thread, once."""
+        waiting: dict[tuple[int, bool], list[tuple[Entry, NewRequest]]] = {}
+        for entry, new, token_ids in zip(entries, requests, prompts, strict=True):
+            if token_ids is None:
+                waiting.setdefault(_prompt_key(new), []).append((entry, new))
+        for siblings in waiting.values():
+            new = siblings[0][1]
+            assert new.prompt is not None
+            encode = partial(
+                self._tokenizer_for_text().encode,
+                new.prompt,
+                add_special_tokens=new.add_special_tokens,
+            )
+            encoding = self._loop.run_in_executor(None, encode)
+            encoding.add_done_callback(partial(self._on_encoded, siblings))
 
     def _on_encoded(
-        self, entry: Entry, new: NewRequest, encoding: asyncio.Future[list[int]]
+        self, siblings: list[tuple[Entry, NewRequest]], encoding: asyncio.Future[list[int]]
     ) -> None:
-        """A long prompt was tokenized; its request may have ended meanwhile."""
-        if self._dispatcher.registry.get(entry.internal_id) is None:
-            return
-        assert entry.place is not None
+        """A long prompt was tokenized; requests for it may have ended meanwhile."""
+        live = [(entry, new) for entry, new in siblings if entry.terminal is None]
         try:
             token_ids = encoding.result()
             self._check_prompt(token_ids)
-            entry.place.set_num_prompt_tokens(len(token_ids))
-            self._prepare(entry, new, token_ids)
-            self._dispatcher.send(entry)
+            self._admission.check(0, len(token_ids) * len(live))
+            for entry, new in live:
+                assert entry.place is not None
+                entry.place.set_num_prompt_tokens(len(token_ids))
+                self._prepare(entry, new, token_ids)
+            for entry, _ in live:
+                if entry.terminal is None:
+                    self._dispatcher.send(entry)
         except Exception as error:
             if isinstance(error, OverloadedError):
                 self._dispatcher.metrics.on_refused(error.limit)
-            self._dispatcher.end_unsent(entry, Terminal("error", error=_fault(error)))
+            terminal = Terminal("error", error=_fault(error))
+            for entry, _ in live:
+                if entry.engine_index is None:
+                    self._dispatcher.end_unsent(entry, terminal)
 
     def _prepare(self, entry: Entry, new: NewRequest, token_ids: list[int]) -> None:
         """Everything that can be wrong with a request is found here, before an engine hears of it.
@@ -259,6 +273,12 @@ class RequestIntake:
                 f"max_model_len={self._max_model_len}, prompt and output together; shorten the "
                 f"prompt"
             )
+
+
+def _prompt_key(new: NewRequest) -> tuple[int, bool]:
+    """The same for the completions of one prompt, which share its object."""
+    prompt = new.prompt if new.prompt is not None else new.prompt_token_ids
+    return id(prompt), new.add_special_tokens
 
 
 def _fault(error: Exception) -> OutputError:

@@ -61,11 +61,6 @@ class Mailbox:
         self._on_delta: OnDelta | None = None
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the terminal was put."""
-        return self._terminal is not None
-
-    @property
     def num_unread_tokens(self) -> int:
         return len(self._token_ids)
 

@@ -76,7 +76,8 @@ class Entry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.own_names, *self.shared_names)
+        """Each once; callers do give one twice."""
+        return tuple(dict.fromkeys((*self.own_names, *self.shared_names)))
 
     @property
     def stage(self) -> Stage:

@@ -250,7 +250,9 @@ def test_an_input_error_is_a_wire_error() -> None:
 
 
 def test_the_cheap_encoding_of_a_new_request_is_that_of_the_whole_object() -> None:
-    params = SamplingParams(temperature=0.5, stop_token_ids=(3,), all_stop_token_ids=frozenset({3, 4}))
+    params = SamplingParams(
+        temperature=0.5, stop_token_ids=(3,), all_stop_token_ids=frozenset({3, 4})
+    )
     whole = encode_add(
         EngineCoreRequest(
             request_id="r",

@@ -234,9 +234,8 @@ class MockEngine:
                 self._unread_adds.put_nowait(message)
             elif isinstance(message, Abort):
                 self._unread_aborts.put_nowait(list(message.request_ids))
-                ended = [name for name in message.request_ids if name in self._live]
-                if ended and self.confirms_aborts:
-                    await self.confirm(ended, client_index)
+                if self.confirms_aborts:
+                    await self.confirm(message.request_ids, client_index)
             elif isinstance(message, InputError):
                 self._unread_errors.append(message)
             elif message.method == CAESURA_STATUS and self.caesura:
