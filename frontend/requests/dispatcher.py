@@ -100,7 +100,8 @@ class Dispatcher:
             self._auto_aborts.push(entry.internal_id, AbortCause.REFUSED)
 
     def close(self) -> None:
-        """No engine serves from now on, and that they end is no fault."""
+        """No engine serves from now on, and that they end is no fault. Their last aborts leave."""
+        self._auto_aborts.flush()
         self.is_closing = True
         self.alive_engines.clear()
 

@@ -1,8 +1,11 @@
-"""An engine tells who left it: each end is confirmed once, to its own client, blocks back."""
+"""An engine tells who left it: each end is confirmed to its own client, blocks back; an ABORT frame
+has it told once more.
+"""
 
 from __future__ import annotations
 
 from engine_core.core import Input
+from engine_core.fake_runner import expected_tokens
 from ipc.abort import Abort
 from ipc.codec import pack
 from ipc.frames import InputError
@@ -43,14 +46,27 @@ def test_L7_a_storm_is_confirmed_in_one_frame() -> None:
     assert frame.scheduler_stats is not None, "the statistics of the idle engine ride along"
 
 
-def test_L8_an_id_that_the_engine_does_not_know_is_not_confirmed() -> None:
+def test_L1_L8_an_abort_frame_has_the_end_of_requests_that_are_gone_confirmed_again() -> None:
+    driver = CoreDriver()
+    driver.add("ended", [1], max_tokens=1)
+    running(driver, "dropped", "stays")
+    (frame,) = driver.abort("dropped", "dropped", "ended", "never was")
+    assert frame.finished_requests == ["dropped", "ended", "never was"], "each once a frame"
+    assert not frame.outputs
+    (frame,) = driver.abort("dropped")
+    assert frame.finished_requests == ["dropped"]
+    assert driver.core.counters["requests_aborted"] == 1
+    assert list(driver.live_requests()) == ["stays"]
+
+
+def test_L8_the_end_of_an_earlier_request_is_not_told_of_a_live_one_with_its_id() -> None:
     driver = CoreDriver()
     running(driver, "a")
-    assert driver.abort("never was") == []
-    assert driver.abort("a", client_index=1) == [], "another client's"
-    driver.abort("a", "a")
-    assert driver.abort("a") == []
-    assert driver.confirmed == [(0, "a")]
+    driver.abort("a")
+    assert driver.add("a", [5], max_tokens=9) == []
+    (frame,) = driver.step()
+    assert frame.finished_requests is None
+    assert list(driver.live_requests()) == ["a"]
 
 
 def test_L8_a_second_add_of_a_live_id_confirms_nothing() -> None:
@@ -97,14 +113,18 @@ def test_L1_a_refused_request_is_confirmed_with_its_refusal() -> None:
     assert malformed.finished_requests == ["odd"]
 
 
-def test_L12_each_client_hears_of_its_own_requests_only() -> None:
+def test_L12_an_id_of_another_client_is_confirmed_to_the_asker_alone_and_lives_on() -> None:
     driver = CoreDriver()
     driver.add("a", [1], max_tokens=9)
-    driver.add("b", [1], max_tokens=2, client_index=1)
+    driver.add("b", [1], max_tokens=3, client_index=1)
     driver.step()
     driver.abort("a", "b")
+    assert driver.confirmed == [(0, "a"), (0, "b")]
+    assert list(driver.live_requests(client_index=1)) == ["b"]
     driver.run()
-    assert driver.confirmed == [(0, "a"), (1, "b")]
+    assert driver.confirmed == [(0, "a"), (0, "b"), (1, "b")]
+    assert driver.finish_reasons("b") == [FinishReason.LENGTH]
+    assert driver.tokens["b"] == expected_tokens([1], 3)
 
 
 def test_a_frame_in_which_nobody_ends_is_not_a_byte_longer() -> None:

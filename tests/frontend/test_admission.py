@@ -90,7 +90,7 @@ def test_a_text_that_turns_out_too_long_for_the_queue_is_refused_and_leaves_noth
     admission = limited(tokens=100)
     place, ahead = admission.enter(), admission.enter(80)
     with pytest.raises(OverloadedError):
-        place.set_num_prompt_tokens(70)
+        admission.check(0, 70)
     assert admission.num_queued_tokens == 80
     place.leave()
     ahead.leave()

@@ -343,4 +343,4 @@ async def test_L12_a_status_that_makes_no_sense_is_left_out(
         confused.on_message = answer
         assert await frontend.status() == {1: good.make_status()}
         assert len(replies) == 1
-    assert "engine 0 did not tell its status" in caplog.text
+    assert "engine 0 told its status wrongly" in caplog.text

@@ -39,12 +39,12 @@ def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def most_unread(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The most tokens that any stream held for its reader; its only item."""
+    """The most tokens that the streams of a call held for its reader; its only item."""
     most = [0]
     on_news = StreamedAnswer._on_news
 
     def watched(answer: StreamedAnswer, index: int, stream: RequestStream) -> None:
-        most[0] = max(most[0], stream.num_unread_tokens)
+        most[0] = max(most[0], sum(one.num_unread_tokens for one in answer._streams))
         on_news(answer, index, stream)
 
     monkeypatch.setattr(StreamedAnswer, "_on_news", watched)

@@ -145,6 +145,9 @@ class CoreDriver:
             assert frame.finished_requests != [], "an empty list of ended requests"
             told = [o.request_id for o in frame.outputs if o.finish_reason is not None]
             assert set(told) <= set(confirmed), "a terminal whose request may still hold blocks"
+            assert len(confirmed) == len(set(confirmed)), "an end that one frame tells twice"
+            live = {request.request_id for request in self.core.live_requests(client_index)}
+            assert live.isdisjoint(confirmed), "a live request was said to have ended"
             self.confirmed.extend((client_index, request_id) for request_id in confirmed)
             if frame.utility_output is not None:
                 self.replies.append(frame.utility_output)
