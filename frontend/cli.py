@@ -82,11 +82,11 @@ def _fields_of(kind: type, flags: dict[str, Any]) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see {_PROGRAM} serve --help)\n")
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=_PROGRAM, description="An LLM serving engine.")
+    parser = _Parser(prog=_PROGRAM, description="An LLM serving engine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser(
@@ -95,6 +95,7 @@ def _make_parser() -> argparse.ArgumentParser:
         description="Serve a model over HTTP, with OpenAI's API.",
         # A flag that is not given leaves the default to its configuration.
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     serve.add_argument(
         "model", nargs="?", metavar="MODEL", help="directory or hub id (default: the bundled model)"

@@ -11,12 +11,17 @@ Invariants
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from frontend.guesses import known_names
 from ipc import sampling_params as wire
+
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 1024
+"""Every token is compared with each of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,8 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens before which neither EOS, stop tokens nor stop strings end the output."""
     stop: Sequence[str] = ()
-    """Strings that end the output; one string may be given plainly."""
+    """Strings that end the output, at most 64 of at most 1024 characters; one may be given plainly.
+    """
     stop_token_ids: Sequence[int] = ()
     """Tokens that end the output, besides EOS."""
     ignore_eos: bool = False
@@ -68,6 +74,8 @@ class SamplingParams:
         for name, value in wire.check_fields(given).items():
             if value is not given[name]:
                 object.__setattr__(self, name, value)
+        if self.stop:
+            _check_stop(self.stop)
 
     def ending_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """Every token that ends this request as soon as it is sampled."""
@@ -110,17 +118,15 @@ class SamplingParams:
     def from_sglang(cls, values: Mapping[str, object]) -> SamplingParams:
         """Read SGLang's `sampling_params` dictionary; its `max_new_tokens` defaults to 128.
 
-        Raises ValueError for bad values, for unknown keys (naming the nearest known one) and for
-        what SGLang knows but Caesura does not do. None stands for a key's default.
+        Raises ValueError, in SGLang's names, for bad values, for unknown keys (naming the nearest
+        known one) and for what SGLang knows but Caesura does not do. None stands for a key's
+        default.
         """
         fields: dict[str, object] = {"max_tokens": 128}
         for key, value in values.items():
             if key not in (*_FROM_SGLANG, *_ONLY_SGLANG_DEFAULT, *_WITHOUT_EFFECT):
-                nearest = difflib.get_close_matches(key, _FROM_SGLANG, n=1, cutoff=0)[0]
-                raise ValueError(
-                    f"unknown sampling parameter {key!r}; did you mean {nearest!r}? "
-                    f"Known are {', '.join(sorted(_FROM_SGLANG))}"
-                )
+                remedy = known_names(key, sorted(_FROM_SGLANG))
+                raise ValueError(f"unknown sampling parameter {key!r:.80}; {remedy}")
             if key == "max_new_tokens":
                 fields["max_tokens"] = value  # None is SGLang's word for no limit
             elif value is None:
@@ -129,13 +135,35 @@ class SamplingParams:
                 fields[_FROM_SGLANG[key]] = value
             elif key in _ONLY_SGLANG_DEFAULT and value != _ONLY_SGLANG_DEFAULT[key]:
                 raise ValueError(
-                    f"sampling parameter {key}={value!r} is not supported; "
+                    f"sampling parameter {key}={value!r:.80} is not supported; "
                     + _REMEDIES.get(key, "leave it out")
                 )
         bias = fields.get("logit_bias")
         if isinstance(bias, Mapping):  # its keys are strings, as in JSON
             fields["logit_bias"] = {read_token_id(key): value for key, value in bias.items()}
-        return cls(**fields)  # type: ignore[arg-type]  # __post_init__ checks every field
+        try:
+            return cls(**fields)  # type: ignore[arg-type]  # __post_init__ checks every field
+        except ValueError as error:
+            raise ValueError(in_sglang_names(str(error))) from None
+
+
+def in_sglang_names(message: str) -> str:
+    """A message about sampling parameters, in SGLang's names for them."""
+    return _RENAMED.sub(lambda found: _TO_SGLANG[found[0]], message)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ValueError(
+            f"stop: {len(stop)} strings, but at most {MAX_STOP_STRINGS} can be watched for; "
+            "give fewer"
+        )
+    for place, text in enumerate(stop):
+        if len(text) > MAX_STOP_STRING_CHARS:
+            raise ValueError(
+                f"stop[{place}]: a string of {len(text)} characters, but at most "
+                f"{MAX_STOP_STRING_CHARS} can be watched for; shorten it"
+            )
 
 
 _MAX_TOKEN_ID_DIGITS = 10
@@ -168,6 +196,10 @@ _FROM_SGLANG = {name: name for name in _SAME_NAME} | {
     "sampling_seed": "seed",
     "no_stop_trim": "include_stop_str_in_output",
 }
+SGLANG_NAMES = frozenset((*_FROM_SGLANG, "n"))
+"""Those of SGLang's sampling parameters that have an effect."""
+_TO_SGLANG = {ours: theirs for theirs, ours in _FROM_SGLANG.items() if ours != theirs}
+_RENAMED = re.compile(rf"\b(?:{'|'.join(_TO_SGLANG)})\b")
 _ONLY_SGLANG_DEFAULT: dict[str, object] = {
     "n": 1,
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag")),

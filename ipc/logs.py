@@ -114,6 +114,13 @@ class RateLimitedLog:
 
     def warning(self, message: str, *args: object) -> None:
         """Log like `Logger.warning`, or count the call if a line went out within the period."""
+        self._log(logging.WARNING, message, *args)
+
+    def info(self, message: str, *args: object) -> None:
+        """The same at level INFO."""
+        self._log(logging.INFO, message, *args)
+
+    def _log(self, level: int, message: str, *args: object) -> None:
         now = time.monotonic()
         with self._lock:
             if now < self._next_time_s:
@@ -123,4 +130,4 @@ class RateLimitedLog:
             self._next_time_s = now + self._period_s
         if num_swallowed:
             message += f" (and {num_swallowed} more like it)"
-        self._logger.warning(message, *args)
+        self._logger.log(level, message, *args)

@@ -153,7 +153,8 @@ def _relay_stderr(engine: _EngineProcess) -> None:
             # Whatever became of our own stderr: an engine whose pipe nobody empties would stop at
             # its next line.
             with contextlib.suppress(OSError, ValueError):
-                print(line, file=sys.stderr, flush=True)
+                sys.stderr.write(f"{line}\n")  # At once, or our own log's lines get in between.
+                sys.stderr.flush()
 
 
 def engine_environment(config: EngineConfig, *, num_local_engines: int) -> dict[str, str]:

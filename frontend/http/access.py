@@ -33,6 +33,7 @@ class AccessRules:
     """The keys of a server. The admin key opens the clients' routes too."""
 
     def __init__(self, api_key: str | None, admin_api_key: str | None) -> None:
+        self._api_key = api_key
         self._client_keys = [key for key in (api_key, admin_api_key) if key] if api_key else []
         self._admin_key = admin_api_key or api_key
 
@@ -42,6 +43,9 @@ class AccessRules:
             self._require(exchange, *self._client_keys)
         elif access is Access.ADMIN:
             if self._admin_key is not None:
+                is_client = self._api_key is not None and _holds(exchange, self._api_key)
+                if is_client and not _holds(exchange, self._admin_key):
+                    raise ApiError(403, "this route needs the admin key, not the clients' API key")
                 self._require(exchange, self._admin_key)
             elif not _is_from_this_machine(exchange):
                 raise ApiError(
@@ -51,10 +55,14 @@ class AccessRules:
                 )
 
     def _require(self, exchange: Exchange, *keys: str) -> None:
-        scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
-        token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        if not any(secrets.compare_digest(token, key.encode()) for key in keys):
+        if not any(_holds(exchange, key) for key in keys):
             raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
+
+
+def _holds(exchange: Exchange, key: str) -> bool:
+    scheme, _, given = exchange.headers.get("authorization", "").partition(" ")
+    token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    return secrets.compare_digest(token, key.encode())
 
 
 def _is_from_this_machine(exchange: Exchange) -> bool:

@@ -8,7 +8,6 @@ Invariants
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import re
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
+from frontend.guesses import known_names
 from frontend.http.errors import ApiError
 from ipc.expect import INT64_MAX, INT64_MIN
 
@@ -26,6 +26,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 _MAX_VALUE_LENGTH = 80
 _WHERE = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<index>\d+)\]")
+_PYTHON_VALUE = re.compile(r"(?<==)(?:True|False|None)\b")
+_JSON_VALUES = {"True": "true", "False": "false", "None": "null"}
 _FIELD = re.compile(r"Object (?P<fault>missing required|contains unknown) field `(?P<name>.*)`")
 
 
@@ -71,11 +73,23 @@ def not_supported(path: str, value: object, remedy: str = "leave it out") -> Api
 
 
 def shorten(value: object) -> str:
-    """The beginning of a value's JSON."""
-    text = json.dumps(value)
-    if len(text) <= _MAX_VALUE_LENGTH:
+    """A value's JSON, or the beginning of it and how large the string or list is."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):  # It may be as long as a body.
+        text += piece
+        if len(text) > _MAX_VALUE_LENGTH:
+            break
+    else:
         return text
-    return f"{text[: _MAX_VALUE_LENGTH - 3]}..."
+    size = ""
+    if isinstance(value, str | list):
+        size = f" ({len(value)} {'characters' if isinstance(value, str) else 'entries'})"
+    return f"{text[: _MAX_VALUE_LENGTH - 3]}...{size}"
+
+
+def json_spelling(message: str) -> str:
+    """A message about values in Python, with those of JSON."""
+    return _PYTHON_VALUE.sub(lambda found: _JSON_VALUES[found[0]], message)
 
 
 @functools.cache
@@ -120,8 +134,12 @@ def _refusal(fault: str, value: Any, kind: type[msgspec.Struct]) -> ApiError:
             expected = describe(_inner_type(info, field["name"]))
             return ApiError(400, f"{inner}: missing; expected {expected}", param=inner)
         return _unknown_field(inner, field["name"], info)
-    if all(map(_takes_nothing, _options(info))):
+    options = [option for option in _options(info) if not isinstance(option, inspect.NoneType)]
+    if all(map(_takes_nothing, options)):
         return not_supported(name, value)
+    match options:
+        case [inspect.LiteralType(values=(only,))]:
+            return not_supported(name, value, f"only {only!r} is")
     if not name:
         return ApiError(400, f"the body must be a JSON object, not {shorten(value)}")
     return bad_field(name, describe(info), value)
@@ -132,9 +150,8 @@ def _unknown_field(path: str, name: str, info: inspect.Type) -> ApiError:
     known = [field.encode_name for field in struct.fields]
     remedy = "it takes no fields; leave it out"
     if known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        remedy = f"did you mean {nearest!r}? Known are {', '.join(known)}"
-    return ApiError(400, f"unknown field {path!r}; {remedy}", param=path)
+        remedy = known_names(name, known)
+    return ApiError(400, f"unknown field {path!r:.80}; {remedy}", param=path[:_MAX_VALUE_LENGTH])
 
 
 def _steps(path: str) -> Iterator[tuple[str | None, int]]:
@@ -157,7 +174,8 @@ def _inner_type(info: inspect.Type, name: str | None) -> inspect.Type:
 
 def _takes_nothing(info: inspect.Type) -> bool:
     is_empty_list = isinstance(info, inspect.CollectionType) and info.max_length == 0
-    return is_empty_list or isinstance(info, inspect.NoneType)
+    is_empty_text = isinstance(info, inspect.LiteralType) and info.values == ("",)
+    return is_empty_list or is_empty_text
 
 
 def _options(info: inspect.Type) -> tuple[inspect.Type, ...]:
@@ -196,6 +214,8 @@ def _describe(info: inspect.Type) -> str:
             return " or ".join(repr(value) for value in values)
         case inspect.EnumType(cls=cls):
             return " or ".join(repr(member.value) for member in cls)
+        case inspect.CollectionType(item_type=item, min_length=low, max_length=int(high)):
+            return f"a list of {low or 0} to {high} {_PLURALS.get(type(item), 'entries')}"
         case inspect.CollectionType(item_type=item, min_length=low):
             filled = " that is not empty" if low else ""
             return (

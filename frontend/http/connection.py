@@ -21,11 +21,13 @@ from collections import deque
 from email.utils import formatdate
 from typing import Protocol, cast
 
+from frontend.errors import OVERLOADED
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.request_reader import RequestReader
 from frontend.http.sockets import peer_is_local
 from frontend.metrics import Metrics
+from ipc.logs import RateLimitedLog
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ STALL_TIMEOUT_S = 300.0
 DRAIN_TIMEOUT_S = 30.0
 """A client may take this long to read what is left of the last answer on its connection."""
 MAX_PIPELINED = 16
+MAX_TURNED_AWAY = 16
+"""Connections beyond the limit that are kept until their client has read why."""
 
 
 class Service(Protocol):
@@ -68,6 +72,9 @@ class Connections:
         self.max_body_bytes = max_body_bytes
         self.max_connections = max_connections
         self.open: set[Connection] = set()
+        self.turned_away: set[Connection] = set()
+        """Beyond the limit; told so, and not closed yet."""
+        self._refusals = RateLimitedLog(logger)
         self.is_closing = False
         self.all_closed = asyncio.Event()
         """Set when none is open, once the server is stopping."""
@@ -85,7 +92,7 @@ class Connections:
 
     def close_overdue(self, now: float) -> None:
         """End connections that are idle or too slow; to be called about once a second."""
-        for connection in [one for one in self.open if one.due_s < now]:
+        for connection in [one for one in self.open | self.turned_away if one.due_s < now]:
             connection.expire()
 
     def close_idle(self) -> None:
@@ -95,19 +102,23 @@ class Connections:
             connection.close_when_idle()
         self._note_closed()
 
-    def add(self, connection: Connection) -> bool:
-        """False if it cannot be served."""
-        if self.is_closing:
-            return False
-        if len(self.open) >= self.max_connections:
-            self.metrics.on_refused("max_connections")
-            logger.warning("refused a connection: %d are open", len(self.open))
-            return False
-        self.open.add(connection)
-        return True
+    def add(self, connection: Connection) -> None:
+        """Raises ApiError if there are too many."""
+        if len(self.open) < self.max_connections:
+            self.open.add(connection)
+            return
+        self.metrics.on_refused("max_connections")
+        message = f"all max_connections={self.max_connections} connections are open"
+        self._refusals.warning("refused a connection: %s; raise --max-connections", message)
+        raise ApiError(
+            503,
+            f"{message}; try again later, or start the server with a larger --max-connections",
+            code=OVERLOADED,
+        )
 
     def remove(self, connection: Connection) -> None:
         self.open.discard(connection)
+        self.turned_away.discard(connection)
         self._note_closed()
 
     def _note_closed(self) -> None:
@@ -115,7 +126,7 @@ class Connections:
             self.all_closed.set()
 
     def abort_all(self) -> None:
-        for connection in list(self.open):
+        for connection in self.open | self.turned_away:
             connection.abort()
 
 
@@ -142,11 +153,23 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        if not self._connections.add(self):
+        if self._connections.is_closing:
             self._transport.abort()
             return
         self._is_open = True
-        self._set_due(REQUEST_TIMEOUT_S)
+        try:
+            self._connections.add(self)
+        except ApiError as error:
+            self._turn_away(error)
+        else:
+            self._set_due(REQUEST_TIMEOUT_S)
+
+    def _turn_away(self, error: ApiError) -> None:
+        self._reader.refuse(error)
+        if len(self._connections.turned_away) < MAX_TURNED_AWAY:
+            self._connections.turned_away.add(self)
+        else:  # Its client may miss the answer, if its request is still on the way.
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)

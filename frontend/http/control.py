@@ -13,15 +13,21 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 
 from frontend.async_engine import AsyncEngine
+from frontend.errors import InvalidRequestError
 from frontend.http.access import Access
-from frontend.http.bodies import read_body, read_query
+from frontend.http.bodies import json_spelling, read_body, read_query
+from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.router import Route
 from frontend.outputs import AbortCause, AbortedRequest, AbortReceipt, LiveRequest, Stage
 from frontend.requests.explicit_abort import Selector
 
 DEFAULT_TIMEOUT_S = 5.0
+MAX_IDS = 65_536
+"""The most ids of one abort; `abort_all`, a prefix or a tag name any number."""
+Ids = Annotated[list[str], msgspec.Meta(max_length=MAX_IDS)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
+Names = Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_IDS)]
 
 
 class Receipt(msgspec.Struct, kw_only=True):
@@ -69,7 +75,7 @@ async def abort(
 class AbortBody(msgspec.Struct, forbid_unknown_fields=True):
     """Exactly one of `request_id`, `prefix`, `tag` and `abort_all` says what to abort."""
 
-    request_id: Name | Annotated[list[Name], msgspec.Meta(min_length=1)] | None = None
+    request_id: Name | Names | None = None
     """Exact: a request's own id, the X-Request-Id it came with, the id its response carries, or the
     id of its batch."""
     prefix: Name | None = None
@@ -125,9 +131,12 @@ def control_routes(engine: AsyncEngine) -> list[Route]:
     async def abort_requests(exchange: Exchange) -> None:
         body = read_body(exchange.body, AbortBody)
         names = [body.request_id] if isinstance(body.request_id, str) else body.request_id
-        selector = Selector(
-            request_ids=names, prefix=body.prefix, tag=body.tag, everything=body.abort_all
-        )
+        try:
+            selector = Selector(
+                request_ids=names, prefix=body.prefix, tag=body.tag, everything=body.abort_all
+            )
+        except InvalidRequestError as error:
+            raise ApiError(400, json_spelling(str(error))) from None
         receipt = await abort(engine, selector, wait=body.wait, timeout_s=body.timeout_s)
         exchange.respond_json(Receipt.of(receipt))
 

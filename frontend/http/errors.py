@@ -9,6 +9,7 @@ from frontend.errors import (
     CALLERS_FAULTS,
     CONTEXT_LENGTH_EXCEEDED,
     OVERLOADED,
+    DuplicateRequestIdError,
     EngineDeadError,
     InvalidRequestError,
     OverloadedError,
@@ -70,6 +71,7 @@ _TYPES = {
     405: "invalid_request_error",
     408: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
     429: "invalid_request_error",
     431: "invalid_request_error",
     503: "service_unavailable",
@@ -84,6 +86,8 @@ def from_exception(error: RequestRefusal) -> ApiError:
     """What `AsyncEngine.accept` raised."""
     if isinstance(error, PromptTooLongError):
         return ApiError(400, str(error), param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
+    if isinstance(error, DuplicateRequestIdError):
+        return ApiError(400, str(error), param="request_id")
     if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error))
     if isinstance(error, OverloadedError):

@@ -23,7 +23,7 @@ _NO_SELECTOR = "must provide abort_all=true or req_ids"
 class FastDeployAbortBody(msgspec.Struct, forbid_unknown_fields=True):
     """Either `req_ids` or `abort_all`, which overrides them."""
 
-    req_ids: list[str] = []
+    req_ids: control.Ids = []
     """Exact ids; the id that a response carried is one."""
     abort_all: bool = False
     wait: bool = True

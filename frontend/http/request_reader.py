@@ -64,6 +64,8 @@ class RequestReader:
         """Received since the request began or since its last piece of body."""
         self._url = b""
         self._headers: dict[str, str] = {}
+        self._num_headers = 0
+        """Repeated ones count each."""
         self._exchange: Exchange | None = None
         """Set once the head has arrived."""
         self._head_without_upgrade = b""
@@ -100,7 +102,7 @@ class RequestReader:
                     raise
             except httptools.HttpParserError as error:
                 if not self.is_stopped:
-                    self.refuse(ApiError(400, f"this is not HTTP/1.1: {error}"))
+                    self.refuse(ApiError(400, _complaint(data, error)))
             else:
                 if self._num_pending_bytes > MAX_HEAD_BYTES and not self.is_stopped:
                     self.refuse(ApiError(431, f"the head exceeds {MAX_HEAD_BYTES} bytes"))
@@ -127,11 +129,14 @@ class RequestReader:
 
     def on_url(self, url: bytes) -> None:
         self._url += url
+        if len(self._url) > MAX_HEAD_BYTES:
+            raise ApiError(431, f"the head exceeds {MAX_HEAD_BYTES} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._exchange is not None:
             return  # A trailer.
-        if len(self._headers) >= MAX_HEADERS:
+        self._num_headers += 1
+        if self._num_headers > MAX_HEADERS:
             raise ApiError(431, f"the request has more than {MAX_HEADERS} headers")
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
@@ -155,6 +160,9 @@ class RequestReader:
         try:
             if length > self._max_body_bytes:
                 raise self._too_large()
+            encoding = self._headers.get("content-encoding", "identity")
+            if encoding.strip().lower() not in ("", "identity"):
+                raise ApiError(415, f"content-encoding {encoding!r:.40}: send it uncompressed")
             self._receiver.screen(exchange)
         except ApiError as error:
             if has_body:
@@ -182,6 +190,15 @@ class RequestReader:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body exceeds {self._max_body_bytes} bytes")
+
+
+def _complaint(data: bytes, error: httptools.HttpParserError) -> str:
+    """What to say of bytes that are no request: often they are another protocol's."""
+    if data.startswith(b"\x16\x03"):
+        return "this port speaks plain HTTP/1.1, not TLS; use http://"
+    if data.startswith(b"PRI * HTTP/2"):
+        return "this port speaks HTTP/1.1, not HTTP/2"
+    return f"this is not HTTP/1.1: {error}"
 
 
 def _plain_head(method: bytes, target: bytes, headers: Mapping[str, str]) -> bytes:

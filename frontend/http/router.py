@@ -23,8 +23,10 @@ from frontend.errors import EngineDeadError, InvalidRequestError, OverloadedErro
 from frontend.http.access import Access, AccessRules
 from frontend.http.errors import ApiError, from_exception
 from frontend.http.exchange import Exchange
+from ipc.logs import RateLimitedLog
 
 logger = logging.getLogger(__name__)
+_refusals = RateLimitedLog(logger)
 
 _MAX_GUESSED = 80
 """No route's path is longer; comparing a longer one would only cost time."""
@@ -78,7 +80,13 @@ class Router:
     def screen(self, exchange: Exchange) -> None:
         """Raises ApiError if there is no such route, or if this client may not call it."""
         route = self._find(exchange)
-        self._rules.check(route.access, exchange)
+        try:
+            self._rules.check(route.access, exchange)
+        except ApiError as error:
+            _refusals.info(
+                "refused %s %s with %d: %s", route.method, route.path, error.status, error
+            )
+            raise
 
     def handle(self, exchange: Exchange) -> None:
         route = self._find(exchange)

@@ -15,13 +15,17 @@ import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import zmq
+
 from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig, HttpConfig
+from frontend.errors import EngineStartupError
 from frontend.http.server import HttpServer
 from frontend.http.sockets import prepare_listener
 from ipc.sockets import remove_private_directories
@@ -29,12 +33,15 @@ from ipc.sockets import remove_private_directories
 logger = logging.getLogger(__name__)
 
 _INTERRUPTED_STATUS = 130
+_NUM_OTHER_FILES = 100
+"""What the server opens besides its clients' connections."""
 _GC_THRESHOLDS = (20_000, 50, 100)
 """A server makes thousands of objects a second and hardly any cycles."""
 
 
 async def serve(config: FrontendConfig, http: HttpConfig) -> None:
     """Serve until a signal comes. Raises OSError, ValueError or EngineStartupError if it cannot."""
+    _raise_file_limit(http.max_connections + _NUM_OTHER_FILES)
     with _listener(http) as listener:
         stop = StopSignal()
         stop.install()
@@ -49,8 +56,29 @@ async def serve(config: FrontendConfig, http: HttpConfig) -> None:
             engine = await starting
         except asyncio.CancelledError:
             return
+        except zmq.ZMQError as error:
+            raise EngineStartupError(
+                f"cannot open the sockets of data_parallel_size={config.data_parallel_size} "
+                f"engines ({error}); choose fewer, or raise the limit of `ulimit -n`"
+            ) from None
         async with engine:
             await serve_on(listener, engine, http, stop)
+
+
+def _raise_file_limit(num_needed: int) -> None:
+    """Let this process open as many files as it may; warn if that is too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard or hard == resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft != resource.RLIM_INFINITY and soft < num_needed:
+        logger.warning(
+            "max_connections needs %d open files and the limit is %d; raise it with `ulimit -n`, "
+            "or lower --max-connections",
+            num_needed,
+            soft,
+        )
 
 
 def _log_start(config: FrontendConfig) -> None:
@@ -101,14 +129,17 @@ class StopSignal:
     def install(self) -> None:
         """Let SIGINT and SIGTERM ask. The third one ends the process on the spot."""
 
-        def on_signal() -> None:
+        def on_signal(signal_number: signal.Signals) -> None:
             if self.hurried.is_set():
+                logger.warning("received a third signal, %s: ending at once", signal_number.name)
                 remove_private_directories()
                 os._exit(_INTERRUPTED_STATUS)
+            now = "ending all requests now" if self.requested.is_set() else "stopping"
+            logger.info("received %s: %s", signal_number.name, now)
             self.stop()
 
         for signal_number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signal_number, on_signal)
+            asyncio.get_running_loop().add_signal_handler(signal_number, on_signal, signal_number)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import msgspec
 
 from frontend.async_engine import AsyncEngine
 from frontend.http.access import Access
+from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.router import Handler, Route
 from frontend.metrics.exposition import Exposition
@@ -37,10 +38,16 @@ def routes(engine: AsyncEngine) -> list[Route]:
     )
 
     def health(exchange: Exchange) -> None:
-        exchange.respond(200 if engine.is_healthy else 503)
+        if not engine.is_healthy:
+            raise ApiError(503, "no engine can serve; restart the server", code="engine_dead")
+        exchange.respond(200)
 
     def ready(exchange: Exchange) -> None:
-        exchange.respond(200 if engine.is_ready else 503)
+        if not engine.is_ready:
+            if engine.alive_engines:
+                raise ApiError(503, "the server is shutting down", code="shutdown")
+            raise ApiError(503, "no engine can serve", code="engine_dead")
+        exchange.respond(200)
 
     def tell_version(exchange: Exchange) -> None:
         exchange.respond_json(VersionReply(version()))

@@ -176,6 +176,7 @@ class RequestIntake:
             if not isinstance(new.prompt, str):
                 raise InvalidRequestError(f"the prompt must be a str, not {new.prompt!r:.80}")
             tokenizer = self._tokenizer_for_text()
+            tokenizer.check_fits(new.prompt, self._max_model_len)
             if len(new.prompt) > MAX_INLINE_CHARS:
                 return None
             try:

@@ -21,13 +21,16 @@ class RequestLog:
         if not logger.isEnabledFor(self.level):
             return
         assert entry.terminal is not None
-        finish_reason = entry.terminal.finish_reason
+        finish_reason, error = entry.terminal.finish_reason, entry.terminal.error
+        why = f"cause {cause}, " if cause is not None else ""
+        if error is not None:
+            why += f"error {error.code}: {error.message}, "
         logger.log(
             self.level,
-            "request %s ended: %s (cause %s, stage %s, %d output tokens, %.3f s)",
+            "request %s ended: %s (%sstage %s, %d output tokens, %.3f s)",
             entry.request_id,
             finish_reason,
-            cause,
+            why,
             stage,
             entry.num_output_tokens,
             age_s,
@@ -35,6 +38,8 @@ class RequestLog:
                 "request_id": entry.request_id,
                 "finish_reason": finish_reason,
                 "abort_cause": cause,
+                "error_code": error and error.code,
+                "error_message": error and error.message,
                 "stage": stage,
                 "num_prompt_tokens": len(entry.mailbox.prompt_token_ids),
                 "num_output_tokens": entry.num_output_tokens,

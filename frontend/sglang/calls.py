@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -188,7 +189,13 @@ def _names(
     elif isinstance(rid, str):
         yield from ((f"{rid}_{i}", rid) for i in range(total)) if is_list else ((rid, None),)
     else:
-        for own, num in zip(_one_each("rid", rid, len(num_samples)), num_samples, strict=True):
+        names = _one_each("rid", rid, len(num_samples))
+        for own, times in Counter(filter(None, names)).items():
+            if times > 1:
+                raise InvalidRequestError(
+                    f"rid has {own!r:.80} for {times} prompts of this call; give each its own"
+                )
+        for own, num in zip(names, num_samples, strict=True):
             if num == 1:
                 yield own or None, call_name
             else:

@@ -6,11 +6,13 @@ Invariants
   pieces.
 - Nothing is given out that may belong to a stop string still to be completed, and everything else
   is given out at once.
+- A matcher costs no more memory than its stop strings. A character costs one look at each of them,
+  and one more for each piece that comes while it is the first to be held back.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ class StopMatch:
 class StopStrings:
     """The matcher of one stream."""
 
-    __slots__ = ("_beginnings", "_held_back", "_include", "_stops")
+    __slots__ = ("_first", "_held_back", "_include", "_inner", "_longest", "_stops")
 
     def __init__(self, stops: Sequence[str], *, include_in_output: bool = False) -> None:
         """`stops` are not empty."""
@@ -36,15 +38,7 @@ class StopStrings:
         self._include = include_in_output
         self._held_back = ""
         """The longest end of the text so far that begins a stop string."""
-        beginnings: defaultdict[str, set[str]] = defaultdict(set)
-        for stop in stops:
-            for length in range(1, len(stop)):
-                beginnings[stop[length - 1]].add(stop[:length])
-        self._beginnings = {
-            last: sorted(found, key=len, reverse=True) for last, found in beginnings.items()
-        }
-        """Proper beginnings of stop strings by their last character, longest first: most text ends
-        in a character that has none, which one look-up tells."""
+        self._longest, self._first, self._inner = _characters(self._stops)
 
     def add(self, text: str, *, match: bool = True) -> str | StopMatch:
         """Take the next piece of text; returns what may be given out, or the match, which is final.
@@ -56,10 +50,16 @@ class StopStrings:
         text = seen + text
         if match and (found := self._find(text, len(seen))) is not None:
             return found
-        for beginning in self._beginnings.get(text[-1:], ()):
-            if text.endswith(beginning):
-                self._held_back = beginning
-                return text[: -len(beginning)]
+        # Most text ends in a character that no beginning has, which one look-up tells.
+        if text and text[-1] in self._inner:
+            stops, first = self._stops, self._first
+            for start in range(max(0, len(text) - self._longest + 1), len(text)):
+                if text[start] in first:
+                    end = text[start:]
+                    for stop in stops:
+                        if stop.startswith(end) and stop != end:
+                            self._held_back = end
+                            return text[:start]
         self._held_back = ""
         return text
 
@@ -79,3 +79,13 @@ class StopStrings:
             return None
         end, start, stop = first
         return StopMatch(stop, text[: end if self._include else start])
+
+
+@functools.lru_cache(maxsize=64)
+def _characters(stops: tuple[str, ...]) -> tuple[int, str, str]:
+    """The longest stop's length, the first characters of all, and all but their last ones.
+
+    The completions of one prompt, and mostly many calls, have the same stop strings.
+    """
+    longest = max(map(len, stops), default=0)
+    return longest, "".join(stop[0] for stop in stops), "".join(stop[:-1] for stop in stops)

@@ -20,6 +20,7 @@ from typing import Any
 import huggingface_hub
 import tokenizers
 
+from frontend.errors import PromptTooLongError
 from frontend.text.chat_template import ChatTemplate, ChatTemplateError
 from frontend.text.token_bytes import TokenBytes, TokenizerError, compile_decoder
 
@@ -27,6 +28,9 @@ _HUB_PATTERNS = ["tokenizer*", "special_tokens_map.json", "config.json", "genera
 _HUB_PATTERNS += ["chat_template*"]
 _FOREIGN_FORMATS = ("tokenizer.model", "tekken.json", "vocab.json")
 """What models bring that were never converted to tokenizer.json."""
+
+_MAX_CHARS_WITH_GIL = 1024
+"""Longer texts are encoded as a batch of one, during which other threads run."""
 
 
 class Tokenizer:
@@ -45,6 +49,9 @@ class Tokenizer:
         """Ids that end an output, the tokenizer's own first, then those of the generation
         configuration."""
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        self.longest_token_chars: int = max(map(len, self._backend.get_vocab()), default=0)
+        """No token stands for more characters, so a text of more than this times the context's
+        tokens cannot fit. (Added tokens that swallow the white space beside them do not count.)"""
         self._chat_template = _read_chat_template(directory, config, special_tokens)
 
         to_bytes, first_to_bytes = compile_decoder(json.loads(self._backend.to_str())["decoder"])
@@ -86,12 +93,29 @@ class Tokenizer:
         Raises ValueError if `text` is no string of Unicode characters.
         """
         try:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) > _MAX_CHARS_WITH_GIL:
+                [encoding] = self._backend.encode_batch(
+                    [text], add_special_tokens=add_special_tokens
+                )
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
             raise ValueError(
                 f"text {text!r:.80} cannot be tokenized: give a str without lone surrogates"
             ) from None
         return list(encoding.ids)
+
+    def check_fits(self, text: str, max_model_len: int) -> None:
+        """Tell, without tokenizing it, that a text is too long for a context of so many tokens.
+
+        Raises PromptTooLongError for one that surely is.
+        """
+        most = max_model_len * self.longest_token_chars
+        if len(text) > most:
+            raise PromptTooLongError(
+                f"the prompt has {len(text)} characters, but the model's context of "
+                f"max_model_len={max_model_len} tokens holds at most {most}; shorten the prompt"
+            )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""

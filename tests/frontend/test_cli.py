@@ -77,6 +77,8 @@ async def rest_of(process: asyncio.subprocess.Process) -> str:
     ("arguments", "complaint"),
     [
         ("serve --colour", "--colour"),
+        ("serve --max-num-seq 4", "--max-num-seq"),
+        ("serve --tensor-parallel-size 2", "caesura serve --help"),
         ("serve --port high", "'high'"),
         ("serve --port 70000", "port=70000"),
         ("serve --dtype float8", "dtype='float8'"),

@@ -97,6 +97,12 @@ async def test_an_abort_that_names_nothing_or_two_things_is_a_400(body: dict[str
         stream.close()
 
 
+async def test_an_abort_is_refused_in_the_words_of_json() -> None:
+    async with served() as (client, _):
+        message = (await client.post("/v1/abort", {})).json()["error"]["message"]
+        assert "prefix, tag or abort_all=true" in message
+
+
 async def test_an_unknown_field_of_a_control_route_names_the_nearest_one() -> None:
     async with served() as (client, engine):
         (stream,) = await start(engine, "a")

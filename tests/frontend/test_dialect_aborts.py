@@ -356,6 +356,31 @@ def test_an_abort_that_names_nothing_aborts_nothing(
 
 
 @pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/abort", "request_id"),
+        ("/abort_request", "rid"),
+        ("/abort_requests", "request_ids"),
+        ("/inference/v1/abort_requests", "request_ids"),
+        ("/v1/abort_requests", "req_ids"),
+    ],
+)
+def test_an_abort_of_too_many_ids_names_the_limit_and_aborts_nothing(
+    stage: Stage, path: str, field: str
+) -> None:
+    bystander = by_vllm(stage, "bystander", [5])
+    stage.wait_for_running(1)
+    answer = stage.post(path, {field: ["bystander"] * 65_537})
+    assert answer.status == 400
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert "to 65536 strings" in error["message"]
+    assert "(65537 entries)" in error["message"]
+    assert not bystander.done()
+    assert stage.engine._engine.num_live_requests == 1
+
+
+@pytest.mark.parametrize(
     ("path", "wrong", "right"),
     [
         ("/v1/abort", "stop_all", "abort_all"),

@@ -24,20 +24,27 @@ async def served() -> AsyncIterator[tuple[RouteClient, AsyncEngine]]:
         yield RouteClient(fastdeploy.routes(engine)), engine
 
 
-async def start(engine: AsyncEngine, name: str) -> RequestStream:
-    stream = engine.generate(
+def generate(engine: AsyncEngine, name: str) -> RequestStream:
+    return engine.generate(
         prompt_token_ids=[5],
         request_id=name,
         aliases=[f"chatcmpl-{name}"],
         sampling_params=SamplingParams(max_tokens=100_000),
     )
+
+
+async def start(engine: AsyncEngine, name: str) -> RequestStream:
+    stream = generate(engine, name)
     await anext(stream)
     return stream
 
 
 async def test_L5_the_reply_tells_tokens_and_what_was_not_found() -> None:
     async with served() as (client, engine):
-        streams = {name: await start(engine, name) for name in ("a", "b", "c")}
+        streams, num_read = {}, {}
+        for name in ("a", "b", "c"):
+            streams[name] = generate(engine, name)
+            num_read[name] = len((await anext(streams[name])).token_ids)
         answer = await client.post(PATH, {"req_ids": ["a", "chatcmpl-b", "nobody"]})
         assert answer.status == 200
         reply = answer.json()
@@ -52,7 +59,7 @@ async def test_L5_the_reply_tells_tokens_and_what_was_not_found() -> None:
         for name, count in counts.items():
             result = await streams[name].result()
             assert result.finish_reason == "abort"
-            assert count == 1 + len(result.token_ids)
+            assert count == num_read[name] + len(result.token_ids)
         assert engine.num_live_requests == 1
 
 

@@ -154,32 +154,57 @@ def test_an_error_within_a_stream_is_an_event_in_sglangs_shape() -> None:
     }
 
 
+def with_params(**params: Any) -> dict[str, Any]:
+    return {"input_ids": [1], "sampling_params": params}
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "param", "message"),
     [
-        ({}, "either a prompt text or input_ids"),
-        ({"text": "a", "input_ids": [1]}, "either a prompt text or input_ids"),
-        ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid has 1 entries for 2"),
-        ({"input_ids": [1], "sampling_params": {"n": 0}}, "n=0 must be an integer from 1 to"),
-        ({"input_ids": [1], "sampling_params": {"stopp": "x"}}, "did you mean 'stop'"),
-        ({"input_ids": [1], "max_new_tokens": 5}, "unknown field 'max_new_tokens'"),
-        ({"input_ids": [1], "return_routed_experts": True}, "not supported"),
-        ({"input_ids": [1, [2]]}, "mixes token ids and lists"),
-        ({"input_ids": [[1], 2]}, "mixes token ids and lists"),
-        ({"input_ids": [[1]] * 5, "sampling_params": {"n": 4000}}, "exceed 4096 in all"),
-        ({"text": []}, "the list of prompts is empty"),
-        ({"input_ids": "abc"}, "input_ids"),
+        ({}, None, "either a prompt text or input_ids"),
+        ({"text": "a", "input_ids": [1]}, None, "either a prompt text or input_ids"),
+        ({"input_ids": [[1], [2]], "rid": ["a"]}, "rid", "rid has 1 entries for 2"),
+        ({"input_ids": [[1], [2]], "rid": ["a", "a"]}, "rid", "'a' for 2 prompts of this call"),
+        (with_params(n=0), "sampling_params.n", "n=0 must be an integer from 1 to"),
+        (with_params(stopp="x"), "sampling_params.stopp", "did you mean 'stop'"),
+        (with_params(regex="a+"), "sampling_params.regex", "not supported"),
+        (with_params(max_new_tokens=-1), "sampling_params.max_new_tokens", "max_new_tokens: "),
+        (
+            with_params(max_new_tokens=3, min_new_tokens=5),
+            "sampling_params.min_new_tokens",
+            "min_new_tokens: 5 exceeds max_new_tokens 3",
+        ),
+        (with_params(stop="x" * 1025), "sampling_params.stop", "1025 characters, but at most 1024"),
+        ({"input_ids": [1], "top_logprobs_num": 129}, "top_logprobs_num", "from 0 to 128"),
+        ({"input_ids": [1], "max_new_tokens": 5}, "max_new_tokens", "known are text, input_ids"),
+        ({"input_ids": [1], "inputids": 5}, "inputids", "did you mean 'input_ids'?"),
+        (
+            {"input_ids": [1], "return_routed_experts": True},
+            "return_routed_experts",
+            "return_routed_experts=true is not supported",
+        ),
+        ({"input_ids": [1, [2]]}, "input_ids", "mixes token ids and lists"),
+        ({"input_ids": [[1], 2]}, "input_ids", "mixes token ids and lists"),
+        ({"input_ids": [-1]}, "input_ids", "input_ids[0]"),
+        ({"input_ids": []}, "input_ids", "the prompt is empty"),
+        ({"input_ids": [[1]] * 5, "sampling_params": {"n": 4000}}, None, "exceed 4096 in all"),
+        ({"text": []}, "text", "the list of prompts is empty"),
+        ({"input_ids": "abc"}, "input_ids", "input_ids"),
     ],
 )
-async def test_a_bad_body_is_a_400_that_names_it(body: dict[str, Any], message: str) -> None:
+async def test_a_bad_body_is_a_400_that_names_it(
+    body: dict[str, Any], param: str | None, message: str
+) -> None:
     async with served() as (client, engine):
         for stream in (False, True):
             answer = await client.post("/generate", body | {"stream": stream})
             assert answer.status == 400
-            assert message in answer.json()["error"]["message"]
+            error = answer.json()["error"]
+            assert message in error["message"]
+            assert param is None or error["param"] == param
         assert engine.num_live_requests == 0
 
 
@@ -298,6 +323,13 @@ async def test_L6_abort_all_overrides_rid() -> None:
         answer = await client.post("/abort_request", {"rid": "nobody", "abort_all": True})
         assert answer.json()["num_aborted"] == 5
         assert engine.num_live_requests == 0
+
+
+async def test_an_abort_of_several_prefixes_is_refused_in_the_words_of_json() -> None:
+    async with served() as (client, _):
+        answer = await client.post("/abort_request", {"rid": ["a", "b"], "prefix": True})
+        assert answer.status == 400
+        assert "prefix=true needs one string as rid" in answer.json()["error"]["message"]
 
 
 async def test_an_unknown_field_of_an_abort_names_the_nearest_one() -> None:

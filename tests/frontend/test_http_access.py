@@ -8,9 +8,11 @@ import logging
 import pytest
 
 from frontend.http import connection, sockets
+from frontend.http import router as router_module
 from frontend.http.access import Access, AccessRules
 from frontend.http.exchange import Exchange
 from frontend.http.router import Route
+from ipc.logs import RateLimitedLog
 from tests.support.bare_server import bare_server
 from tests.support.event_loops import event_loop_policy
 
@@ -40,8 +42,8 @@ MATRIX: dict[tuple[str | None, str | None, bool], tuple[list[int], list[int]]] =
     (API, None, False): ([401, 200, 401], [401, 200, 401]),
     (None, ADMIN, True): ([200, 200, 200], [401, 401, 200]),
     (None, ADMIN, False): ([200, 200, 200], [401, 401, 200]),
-    (API, ADMIN, True): ([401, 200, 200], [401, 401, 200]),
-    (API, ADMIN, False): ([401, 200, 200], [401, 401, 200]),
+    (API, ADMIN, True): ([401, 200, 200], [401, 403, 200]),
+    (API, ADMIN, False): ([401, 200, 200], [401, 403, 200]),
 }
 
 
@@ -134,6 +136,17 @@ async def test_a_proxy_or_a_web_page_on_this_machine_speaks_for_others(
         client = await server.connect()
         client.write(post("/admin", header) + post("/client", header))
         assert [(await client.answer()).status for _ in range(2)] == [status, 200]
+
+
+async def test_a_refusal_is_logged_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    router_module._refusals = RateLimitedLog(router_module.logger)
+    async with bare_server(ROUTES, AccessRules(API, ADMIN)) as server:
+        client = await server.connect()
+        client.write(post("/admin", f"Authorization: Bearer {API}"))
+        assert "admin key" in (await client.answer()).error["message"]
+    assert "refused POST /admin with 403" in caplog.text
+    assert API not in caplog.text
 
 
 class Peer(asyncio.Transport):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from msgspec import Meta, Struct
 
-from frontend.http.bodies import read_body, read_query
+from frontend.http.bodies import json_spelling, read_body, read_query
 from frontend.http.errors import ApiError
 
 
@@ -20,6 +20,8 @@ class Body(Struct, kw_only=True):
     name: str
     count: Annotated[int, Meta(ge=1, le=128)] | None = None
     share: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    suffix: Literal[""] | None = None
+    few: Annotated[list[str], Meta(max_length=2)] | None = None
     label: Annotated[str, Meta(min_length=1, max_length=4)] | None = None
     flag: bool | None = None
     ids: list[int] | None = None
@@ -70,9 +72,15 @@ def test_a_body_becomes_a_struct_and_unknown_fields_are_ignored() -> None:
         ('"bias":{"x":1}', "bias", "with integers for keys and numbers for values"),
         ('"bias":{"5":"1"}', "bias", 'got {"5": "1"}'),
         ('"parts":[{"type":"text"}]', "parts[0].text", "parts[0].text: missing"),
-        ('"parts":[{"type":"image"}]', "parts[0].type", "expected 'text', got \"image\""),
+        (
+            '"parts":[{"type":"image"}]',
+            "parts[0].type",
+            "not supported, got \"image\"; only 'text' is",
+        ),
         ('"mode":"stop"', "mode", "mode: expected 'abort' or 'keep', got \"stop\""),
         ('"words":["a"]', "words", 'words: not supported, got ["a"]; leave it out'),
+        ('"suffix":"x"', "suffix", 'suffix: not supported, got "x"; leave it out'),
+        ('"few":["a","b","c"]', "few", "few: expected a list of 0 to 2 strings, got"),
         ('"tools":[]', "tools", "tools: not supported, got []; leave it out"),
     ],
 )
@@ -90,8 +98,17 @@ def test_a_missing_field_is_named_with_what_it_takes() -> None:
     assert error.param == "name"
 
 
-def test_a_long_value_is_shown_by_its_beginning() -> None:
-    assert len(str(refusal(b'{"name":[' + b"1," * 10_000 + b"1]}"))) < 200
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [
+        (b"[" + b"1," * 9_999 + b"1]", "... (10000 entries)"),
+        (b'"' + b"x" * 10_000 + b'"', "... (10000 characters)"),
+    ],
+)
+def test_a_long_value_is_shown_by_its_beginning_and_its_size(value: bytes, size: str) -> None:
+    message = str(refusal(b'{"name":"a","bias":' + value + b"}"))
+    assert message.endswith(size)
+    assert len(message) < 250
 
 
 @pytest.mark.parametrize(
@@ -121,8 +138,23 @@ def test_an_unknown_field_of_a_control_route_names_the_nearest_one() -> None:
         error
     )
     assert "'a`b'" in str(refusal(b'{"a`b":1}', Control))
+
+
+def test_no_field_is_guessed_for_a_name_that_resembles_none() -> None:
+    error = refusal(b'{"zzz":true}', Control)
+    assert str(error).startswith("unknown field 'zzz'; known are abort_all, wait, ")
+    long = refusal(b'{"' + b"abort_all" * 10_000 + b'":true}', Control)
+    assert len(str(long)) < 300
+
+
+def test_strange_names_are_shown_as_they_are() -> None:
     assert "does not fit" in str(refusal(b'{"a` - at `$.b[0]":1}', Control))
     assert "it takes no fields" in str(refusal(b'{"a":1}', Nothing))
+
+
+def test_values_are_spelled_as_json_has_them() -> None:
+    assert json_spelling("say x=True, y=None or z=False") == "say x=true, y=null or z=false"
+    assert json_spelling("Trueness and None=Truely") == "Trueness and None=Truely"
 
 
 def test_a_query_string_is_read_like_a_body() -> None:

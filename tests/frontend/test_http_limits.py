@@ -88,7 +88,7 @@ async def pour(client: RawClient, piece: bytes, num_bytes: int = 1 << 22) -> Non
 async def test_a_head_that_never_ends_is_refused(server: BareServer, endless: bytes) -> None:
     client = await server.connect()
     client.write(endless)
-    await pour(client, b"X-A: b\r\n" * 100 if endless.endswith(b"\n") else b"a" * 1000)
+    await pour(client, b"X-A: %b\r\n" % (b"b" * 1000) if endless.endswith(b"\n") else b"a" * 1000)
     assert str(MAX_HEAD_BYTES) in await refusal(client, 431)
 
 
@@ -107,6 +107,32 @@ async def test_too_many_headers_are_refused(server: BareServer) -> None:
     headers = b"".join(b"X-%d: y\r\n" % number for number in range(MAX_HEADERS + 1))
     client.write(b"GET /now HTTP/1.1\r\n" + headers + b"\r\n")
     assert str(MAX_HEADERS) in await refusal(client, 431)
+
+
+async def test_repeated_headers_count_each(server: BareServer) -> None:
+    client = await server.connect()
+    client.write(b"GET /now HTTP/1.1\r\n" + b"X-A: y\r\n" * (MAX_HEADERS + 1) + b"\r\n")
+    assert str(MAX_HEADERS) in await refusal(client, 431)
+
+
+@pytest.mark.parametrize(
+    ("opening", "status", "remedy"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01", 400, "not TLS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "not HTTP/2"),
+        (
+            b"POST /now HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n",
+            415,
+            "send it",
+        ),
+    ],
+)
+async def test_what_is_not_spoken_here_is_told(
+    server: BareServer, opening: bytes, status: int, remedy: str
+) -> None:
+    client = await server.connect()
+    client.write(opening)
+    assert remedy in await refusal(client, status)
 
 
 async def test_a_body_too_large_is_refused_by_its_length_alone(server: BareServer) -> None:
@@ -205,8 +231,11 @@ async def test_a_connection_too_many_is_turned_away_and_counted(server: BareServ
     for _ in range(3):
         late = await server.connect()
         late.write(GET_NOW)
-        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
-            await late.answer()
+        message = await refusal(late, 503)
+        assert "max_connections=5" in message
+        assert "--max-connections" in message
+        late.close()
+    assert num_handled == 5
     assert server.connections.metrics.num_refused["max_connections"] == 3
     clients[0].close()
     await server.wait_for_connections(4)

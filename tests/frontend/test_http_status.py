@@ -99,7 +99,12 @@ async def test_a_server_without_engines_is_neither_healthy_nor_ready(
     async with asyncio.timeout(10):
         while served.engine.is_healthy:  # noqa: ASYNC110  # no event to await
             await asyncio.sleep(0.01)
-    for path in ("/health", "/ping", "/ready"):
-        assert (await served.http.get(path)).status_code == 503
+    for path in ("/health", "/ping", "/ready", "/health_generate"):
+        answer = await served.http.get(path)
+        assert answer.status_code == 503
+        assert "no engine" in answer.json()["error"]["message"]
+    headers = {"authorization": "Bearer sesame"}
+    loads = (await served.http.get("/v1/loads", headers=headers)).json()
+    assert (loads["dp_rank_count"], [load["dp_rank"] for load in loads["loads"]]) == (1, [0])
     page = (await served.http.get("/metrics")).text
     assert 'caesura_engine_up{engine="0"} 0.0' in page

@@ -13,6 +13,7 @@ import pytest
 
 import frontend
 from frontend.async_engine import AsyncEngine
+from frontend.errors import PromptTooLongError
 from frontend.http import openai, openapi
 from frontend.http.access import Access
 from frontend.http.bodies import read_body
@@ -30,7 +31,7 @@ def engine(tokenizer: Tokenizer | None = TOKENIZER) -> AsyncEngine:
     """As much of an engine as these routes look at."""
     config = SimpleNamespace(engine=SimpleNamespace(model="path/of/model"))
     plain = SimpleNamespace(
-        served_model_name="org/model", max_model_len=99, tokenizer=tokenizer, config=config
+        served_model_name="org/model", max_model_len=4096, tokenizer=tokenizer, config=config
     )
     return cast(AsyncEngine, plain)
 
@@ -160,7 +161,7 @@ def test_a_dialect_with_errors_of_its_own_does_not_promise_openais() -> None:
 def test_the_served_model_is_listed_and_found_by_its_name() -> None:
     routes = openai.routes(engine())
     [card] = get(routes, "/v1/models")["data"]
-    assert (card["id"], card["root"], card["max_model_len"]) == ("org/model", "path/of/model", 99)
+    assert (card["id"], card["root"], card["max_model_len"]) == ("org/model", "path/of/model", 4096)
     assert get(routes, "/v1/models/{model}", model="org/model") == card
     with pytest.raises(ApiError, match="'gpt-x' is not served here") as caught:
         get(routes, "/v1/models/{model}", model="gpt-x")
@@ -177,7 +178,7 @@ def tokenize_body(**body: Any) -> TokenizeBody:
 async def test_a_text_is_tokenized_as_a_prompt_is() -> None:
     found = await tokenize(tokenize_body(prompt="def f", return_token_strs=True), engine())
     assert found.tokens == TOKENIZER.encode("def f")
-    assert (found.count, found.max_model_len) == (len(found.tokens), 99)
+    assert (found.count, found.max_model_len) == (len(found.tokens), 4096)
     assert found.token_strs is not None
     assert "".join(found.token_strs) == "def\u0120f"
     assert (await tokenize(tokenize_body(prompt="def f"), engine())).token_strs is None
@@ -208,3 +209,8 @@ async def test_without_a_tokenizer_there_is_nothing_to_tokenize() -> None:
     assert caught.value.status == 400
     with pytest.raises(ApiError, match="no tokenizer"):
         detokenize(DetokenizeBody(tokens=[1]), engine(None))
+
+
+async def test_a_text_that_no_context_holds_is_not_tokenized() -> None:
+    with pytest.raises(PromptTooLongError, match="max_model_len=4096 tokens holds at most"):
+        await tokenize(tokenize_body(prompt="x" * 1_000_000), engine())

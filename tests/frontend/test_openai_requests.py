@@ -224,8 +224,13 @@ WRONG_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 2, "best_of": 3}, "best_of", "got 3"),
     ({"n": 2, "seed": 2**63 - 1}, "seed", f"got {2**63}"),
     ({"stop": [""]}, "stop[0]", 'got ""'),
+    ({"stop": ["x"] * 65}, "stop", "(65 entries)"),
+    ({"stop": ["x" * 1025]}, "stop[0]", "(1025 characters)"),
+    ({"logprobs": 21}, "logprobs", "from 0 to 20, got 21"),
+    ({"logprobs": -1}, "logprobs", "from 0 to 20, got -1"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "from 0 to 20, got 21"),
     ({"logit_bias": {"x": 1}}, "logit_bias", '{"x": 1}'),
-    ({"suffix": "end"}, "suffix", '"end"'),
+    ({"suffix": "end"}, "suffix", 'not supported, got "end"'),
     ({"use_beam_search": True}, "use_beam_search", "not supported"),
     ({"response_format": {"type": "json_object"}}, "response_format.type", "json_object"),
     ({"structured_outputs": {"json": {}}}, "structured_outputs", "not supported"),
@@ -252,7 +257,8 @@ def test_a_wrong_completion_is_refused_by_field_and_value(
 
 
 WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
-    ({"messages": []}, "messages", "not empty"),
+    ({"messages": []}, "messages", "a list of 1 to 4096 objects"),
+    ({"messages": HELLO * 4097}, "messages", "(4097 entries)"),
     ({"messages": [{"role": "x", "content": ""}]}, "messages[0].role", '"x"'),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "got null"),
     (
@@ -261,7 +267,7 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
         "image_url",
     ),
     ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "auto"}, "tool_choice", "'none'"),
+    ({"tool_choice": "auto"}, "tool_choice", "not supported, got \"auto\"; only 'none' is"),
     ({"response_format": {"type": "json_schema"}}, "response_format.type", "json_schema"),
     ({"top_logprobs": 3}, "top_logprobs", "logprobs=true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20, got 21"),

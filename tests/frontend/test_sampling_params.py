@@ -193,3 +193,28 @@ def test_what_only_sglang_does_is_refused_with_its_value() -> None:
 def _names() -> tuple[str, ...]:
     kept = ("include_stop_str_in_output", "skip_special_tokens", "detokenize")
     return tuple(f.name for f in dataclasses.fields(SamplingParams) if f.name not in kept)
+
+
+@pytest.mark.parametrize(
+    ("stop", "complaint"),
+    [
+        (["x"] * 65, "stop: 65 strings, but at most 64"),
+        (["x", "y" * 1025], r"stop\[1\]: a string of 1025 characters, but at most 1024"),
+        ("y" * 100_000, r"stop\[0\]: a string of 100000 characters"),
+    ],
+)
+def test_stop_strings_that_would_slow_every_token_are_refused(stop: object, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        SamplingParams(stop=stop)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=complaint):
+        SamplingParams.from_sglang({"stop": stop})
+    assert len(SamplingParams(stop=["y" * 1024] * 64).stop) == 64
+
+
+def test_what_is_wrong_is_said_in_sglangs_names() -> None:
+    with pytest.raises(ValueError, match=r"^max_new_tokens: "):
+        SamplingParams.from_sglang({"max_new_tokens": -1})
+    with pytest.raises(ValueError, match=r"^min_new_tokens: 9 exceeds max_new_tokens 3"):
+        SamplingParams.from_sglang({"max_new_tokens": 3, "min_new_tokens": 9})
+    with pytest.raises(ValueError, match="'zzzzz'; known are "):
+        SamplingParams.from_sglang({"zzzzz": 3})

@@ -48,6 +48,12 @@ def test_L3_a_further_name_of_the_call_is_an_alias_beside_its_rid() -> None:
     assert call(ONE, rid="h", call_name="h").requests[0].aliases == ()
 
 
+def test_L3_two_prompts_of_a_call_cannot_have_one_name() -> None:
+    with pytest.raises(InvalidRequestError, match="rid has 'a' for 2 prompts of this call"):
+        call([[1], [2], [3]], rid=["a", "b", "a"])
+    assert len(call([[1], [2]], rid=["", ""]).requests) == 2
+
+
 def test_samples_differ_by_their_seed_and_plain_parameters_are_one_sample() -> None:
     seeded = read_call(None, ONE, {"n": 3, "sampling_seed": 7})
     assert [request.sampling_params.seed for request in seeded.requests] == [7, 8, 9]

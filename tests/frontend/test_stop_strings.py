@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +73,18 @@ def test_a_beginning_that_comes_to_nothing_is_given_out_with_what_decided_it() -
     assert matcher.add("d>") == "</and>"
     assert matcher.add(" <") == " "
     assert matcher.finish() == "<"
+
+
+def test_many_long_stop_strings_take_little_more_memory_than_themselves() -> None:
+    stops = [f"{place:02}" * 512 for place in range(64)]
+    tracemalloc.start()
+    try:
+        matchers = [StopStrings(stops) for _ in range(256)]
+        assert matchers[-1].add(f"x{stops[-1][:-1]}") == "x"
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert matchers[-1].add("3") == StopMatch(stops[-1], "")
 
 
 def test_the_stop_string_stays_in_the_text_if_asked_for() -> None:

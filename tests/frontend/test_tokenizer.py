@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from frontend.errors import PromptTooLongError
 from frontend.text.chat_template import ChatTemplateError
 from frontend.text.token_bytes import TokenizerError, compile_decoder
 from frontend.text.tokenizer import Tokenizer
@@ -218,3 +219,19 @@ def test_the_front_end_side_never_imports_torch_or_transformers() -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=REPOSITORY)
+
+
+def test_a_long_text_is_encoded_as_the_library_does_and_refused_as_a_short_one() -> None:
+    ours, library, text = tiny_tokenizer("byte_level"), byte_level(), "fox fox " * 1000
+    assert ours.encode(text) == library.encode(text).ids
+    for refused in ("\ud800", "\ud800" + text):
+        with pytest.raises(ValueError, match="without lone surrogates"):
+            ours.encode(refused)
+
+
+def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it() -> None:
+    longest = LLAMA_LIKE.longest_token_chars
+    assert longest >= max(len(LLAMA_LIKE.token_text(i)) for i in range(LLAMA_LIKE.vocab_size))
+    LLAMA_LIKE.check_fits("x" * longest * 8, 8)
+    with pytest.raises(PromptTooLongError, match=f"{longest * 8 + 1} characters, .*at most"):
+        LLAMA_LIKE.check_fits("x" * (longest * 8 + 1), 8)

@@ -129,7 +129,7 @@ async def test_automatic_answers_finish_abort_and_account_for_requests() -> None
         assert (await frontend.status()).num_running == 0
 
 
-async def test_L11_a_scripted_engine_confirms_each_end_once() -> None:
+async def test_L11_a_scripted_engine_confirms_each_end_and_every_abort() -> None:
     async with peers() as (frontend, [engine]):
         for name in ("silent", "told"):
             await frontend.add(name, [1])
@@ -141,7 +141,7 @@ async def test_L11_a_scripted_engine_confirms_each_end_once() -> None:
         await engine.send_tokens("told", [1])
         await engine.send_tokens("told", [2], finish=FinishReason.STOP)
         await frontend.collect("told")
-        assert confirmed(frontend) == [["silent"], None, ["told"]]
+        assert confirmed(frontend) == [["silent", "unheard-of"], ["silent"], None, ["told"]]
 
 
 async def test_L11_a_scripted_engine_may_be_slow_to_confirm_and_a_foreign_one_never_does() -> None:
@@ -167,7 +167,7 @@ async def test_L11_a_scripted_engine_may_be_slow_to_confirm_and_a_foreign_one_ne
             await foreign.vanish()
 
 
-async def test_L11_automatic_answers_confirm_each_end_once_and_list_who_is_live() -> None:
+async def test_L11_automatic_answers_confirm_each_end_and_abort_and_list_who_is_live() -> None:
     async with peers() as (frontend, [engine]), AutoAnswers(engine, step_time_ms=2):
         for name in ("silent", "told", "live"):
             await frontend.add(name, [1], max_tokens=100_000)
@@ -177,7 +177,8 @@ async def test_L11_automatic_answers_confirm_each_end_once_and_list_who_is_live(
         live = LiveRequests.from_wire(await frontend.utility(CAESURA_REQUESTS))
         assert list(live.requests) == ["live"]
         assert live.requests["live"].num_output_tokens > 0
-        assert [ids for ids in confirmed(frontend) if ids is not None] == [["silent"], ["told"]]
+        told = [ids for ids in confirmed(frontend) if ids is not None]
+        assert told == [["silent", "unheard-of"], ["told"]]
 
 
 def confirmed(frontend: ScriptedFrontend) -> list[list[str] | None]:

@@ -188,13 +188,12 @@ class AutoAnswers:
             await self._abort(call)
 
     async def _abort_silently(self, message: Abort) -> None:
-        ended: dict[int, list[str]] = defaultdict(list)
+        client_index = 0
         for request_id in message.request_ids:
             if (live := self.live.pop(request_id, None)) is not None:
-                ended[live.request.client_index].append(request_id)
+                client_index = live.request.client_index
         if self._engine.caesura:
-            for client_index, request_ids in ended.items():
-                await self._engine.confirm(request_ids, client_index)
+            await self._engine.confirm(message.request_ids, client_index)
 
     async def _abort(self, call: UtilityCall) -> None:
         """End the requests with an output each, then hand over the receipt."""

@@ -93,7 +93,7 @@ def _as_template_sees(message: ChatMessage, place: int) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     role = "system" if message.role == "developer" else message.role
-    seen: dict[str, Any] = msgspec.to_builtins(message)
+    seen: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(message, content=None))
     for call in seen.get("tool_calls") or ():
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):

@@ -13,18 +13,26 @@ from msgspec import Meta, Struct
 
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH
 from frontend.requests.intake import MAX_TIMEOUT_S
+from frontend.sampling_params import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from ipc.expect import INT64_MAX, INT64_MIN, MAX_TOKEN_ID
 
 MAX_CHOICES = 4096
 """Most choices of one call, over all its prompts."""
+MAX_MESSAGES = 4096
+"""Most messages of one chat: a template visits each in the event loop."""
+MAX_DETOKENIZED = 1 << 20
+"""Most tokens of one call that makes them a text, in the event loop."""
+MAX_ALTERNATIVES = 20
+"""Most log-probabilities told of one token; vLLM's `--max-logprobs` by default."""
 
 Int64 = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
 Count = Annotated[int, Meta(ge=0, le=INT64_MAX)]
 Positive = Annotated[int, Meta(ge=1, le=INT64_MAX)]
-NumAlternatives = Annotated[int, Meta(ge=-1, le=INT64_MAX)]
+NumAlternatives = Annotated[int, Meta(ge=0, le=MAX_ALTERNATIVES)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_STRING_CHARS)]
+StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 Seed = Annotated[Int64, Meta(description="Choice i of a prompt draws with seed + i.")]
 RequestId = Annotated[
     str,
@@ -90,7 +98,7 @@ class GenerationBody(Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
     seed: Seed | None = None
     min_tokens: Count | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopString | StopStrings | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[TokenId, float] | None = None
@@ -165,10 +173,13 @@ class ChatMessage(Struct, kw_only=True, omit_defaults=True):
     tool_call_id: str | None = None
 
 
+Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class ChatBody(GenerationBody, kw_only=True):
     """A request to `/v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Messages
     add_generation_prompt: (
         Annotated[bool, Meta(description="Default: true, unless the final message is continued.")]
         | None
@@ -181,7 +192,7 @@ class ChatBody(GenerationBody, kw_only=True):
     max_tokens: NumChatTokens | None = None
     max_completion_tokens: NumChatTokens | None = None
     logprobs: bool | Annotated[int, Meta(ge=0, le=1)] | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: NumAlternatives | None = None
     tools: Nothing | None = None
     tool_choice: Literal["none"] | None = None
     functions: None = None
@@ -196,7 +207,7 @@ class TokenizeBody(Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    messages: Messages | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -211,4 +222,4 @@ class DetokenizeBody(Struct, kw_only=True):
     """A request to `/detokenize`."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_DETOKENIZED)]

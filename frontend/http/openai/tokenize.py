@@ -16,7 +16,10 @@ from frontend.text.tokenizer import Tokenizer
 
 
 async def tokenize(body: TokenizeBody, engine: AsyncEngine) -> Tokens:
-    """Raises ApiError. A long text is tokenized on a worker thread, as that of a request is."""
+    """A long text is tokenized on a worker thread, as that of a request is.
+
+    Raises ApiError or PromptTooLongError.
+    """
     check_model(body.model, engine.served_model_name)
     tokenizer = _tokenizer(engine)
     if (body.prompt is None) == (body.messages is None):
@@ -27,6 +30,7 @@ async def tokenize(body: TokenizeBody, engine: AsyncEngine) -> Tokens:
         text, add_special_tokens = body.prompt or "", True
     if body.add_special_tokens is not None:
         add_special_tokens = body.add_special_tokens
+    tokenizer.check_fits(text, engine.max_model_len)
     encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens)
     token_ids = await asyncio.to_thread(encode) if len(text) > MAX_INLINE_CHARS else encode()
     return Tokens(

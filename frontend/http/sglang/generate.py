@@ -6,25 +6,37 @@ or false.
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
 
 from frontend.async_engine import AsyncEngine
-from frontend.errors import DuplicateRequestIdError
+from frontend.errors import (
+    CONTEXT_LENGTH_EXCEEDED,
+    DuplicateRequestIdError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
+from frontend.guesses import known_names
 from frontend.http.access import Access
-from frontend.http.bodies import read_body
+from frontend.http.bodies import json_spelling, read_body
 from frontend.http.errors import ApiError
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER, Exchange
 from frontend.http.generation import generate
 from frontend.http.router import Route
 from frontend.http.sglang.events import GenerateForm
 from frontend.outputs import AbortCause
+from frontend.sampling_params import SGLANG_NAMES, in_sglang_names
 from frontend.sglang.calls import NOT_SUPPORTED, GenerateCall, read_call
 from frontend.sglang.results import LogprobEntry
 
+MAX_TOP_LOGPROBS = 128
+"""Most alternatives told of one token. SGLang has no limit; a whole vocabulary for each token would
+hold up every other stream."""
+
+NumTop = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOP_LOGPROBS)]
 RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_LENGTH)]
 
 
@@ -39,7 +51,7 @@ class SglangGenerateBody(msgspec.Struct, kw_only=True):
     """The request's id, or that of its batch, whose requests are then `rid_0`, `rid_1`, ..."""
     stream: bool | None = None
     return_logprob: bool | list[bool] | None = None
-    top_logprobs_num: int | list[int] | None = None
+    top_logprobs_num: NumTop | list[NumTop] | None = None
     logprob_start_len: int | list[int] | None = None
     """From which position of the prompt on its log-probabilities are told; -1 tells none."""
     return_text_in_logprobs: bool = False
@@ -124,6 +136,8 @@ def routes(engine: AsyncEngine) -> list[Route]:
         except DuplicateRequestIdError as error:
             message = f"Duplicate request ID detected: {error}"
             raise ApiError(400, message, param="rid") from None
+        except InvalidRequestError as error:
+            raise _refusal(error, "text" if body.input_ids is None else "input_ids") from None
 
     return [
         Route(
@@ -144,6 +158,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
 def _read_call(
     body: SglangGenerateBody, others: Mapping[str, object], header_id: str | None
 ) -> GenerateCall:
+    prompt = "text" if body.input_ids is None else "input_ids"
     try:
         call = read_call(
             body.text,
@@ -161,10 +176,31 @@ def _read_call(
             others=others,
         )
     except ValueError as error:
-        raise ApiError(400, str(error)) from None
+        raise _refusal(error, prompt) from None
     if not call.requests:
-        raise ApiError(400, "the list of prompts is empty; give at least one")
+        raise ApiError(400, "the list of prompts is empty; give at least one", param=prompt)
     return call
+
+
+def _refusal(error: ValueError, prompt: str) -> ApiError:
+    """What is wrong in SGLang's and JSON's words; `prompt` is the field that has the prompts."""
+    message = in_sglang_names(str(error)).replace("prompt_token_ids", "input_ids")
+    param = None
+    if message.startswith("the prompt "):
+        param = prompt
+    elif (sampling := _SAMPLING_PARAMETER.match(message)) is not None:
+        param = f"sampling_params.{sampling[1]}"
+    elif (word := _WORD.match(message)) is not None:
+        if word[0] in SGLANG_NAMES:
+            param = f"sampling_params.{word[0]}"
+        elif word[0] in SglangGenerateBody.__struct_fields__ or word[0] in NOT_SUPPORTED:
+            param = word[0]
+    code = CONTEXT_LENGTH_EXCEEDED if isinstance(error, PromptTooLongError) else None
+    return ApiError(400, json_spelling(message), param=param, code=code)
+
+
+_SAMPLING_PARAMETER = re.compile(r"(?:unknown )?sampling parameter '?(\w+)")
+_WORD = re.compile(r"\w+")
 
 
 def _other_fields(body: bytes) -> dict[str, object]:
@@ -176,8 +212,6 @@ def _other_fields(body: bytes) -> dict[str, object]:
         if name in NOT_SUPPORTED:
             others[name] = value
         elif value not in (None, False):
-            nearest = difflib.get_close_matches(
-                name, SglangGenerateBody.__struct_fields__, 1, cutoff=0
-            )
-            raise ApiError(400, f"unknown field {name!r}; did you mean {nearest[0]!r}?", param=name)
+            remedy = known_names(name, SglangGenerateBody.__struct_fields__)
+            raise ApiError(400, f"unknown field {name!r:.80}; {remedy}", param=name[:80])
     return others

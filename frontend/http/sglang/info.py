@@ -12,6 +12,7 @@ from frontend.async_engine import AsyncEngine
 from frontend.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from frontend.http.access import Access
 from frontend.http.bodies import read_query
+from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.router import Handler, Route
 from frontend.sampling_params import SamplingParams
@@ -80,7 +81,9 @@ class ServerInfo(ModelInfo, kw_only=True):
 
 def routes(engine: AsyncEngine) -> list[Route]:
     async def health_generate(exchange: Exchange) -> None:
-        exchange.respond(200 if await is_answering(engine, HEALTH_TIMEOUT_S) else 503)
+        if not await is_answering(engine, HEALTH_TIMEOUT_S):
+            raise ApiError(503, f"no engine answered within {HEALTH_TIMEOUT_S:g} s")
+        exchange.respond(200)
 
     def model_info(exchange: Exchange) -> None:
         model = engine.config.engine.model
@@ -118,7 +121,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
             Loads(
                 timestamp=datetime.now(UTC).isoformat(),
                 version=version(),
-                dp_rank_count=len(found),
+                dp_rank_count=engine.config.data_parallel_size,
                 loads=found,
                 aggregate=TotalLoad(running, waiting, running + waiting),
             )
@@ -166,13 +169,17 @@ async def is_answering(engine: AsyncEngine, timeout_s: float) -> bool:
 
 
 async def read_loads(engine: AsyncEngine) -> list[Load]:
-    """The load of each engine that answers, at least one entry; a request that no engine has yet,
-    or whose engine does not answer, waits at the first.
+    """The load of each engine, dead ones too. One that does not answer has the requests that it was
+    sent from here, as waiting; a request that no engine has yet waits at the first.
     """
     statuses = await engine.status(LOADS_TIMEOUT_S, check_integrity=False)
     block_size = engine.config.engine.block_size
-    loads = [_load(rank, status, block_size) for rank, status in sorted(statuses.items())]
-    loads = loads or [Load(dp_rank=0)]
+    loads = [
+        _load(rank, statuses[rank], block_size)
+        if rank in statuses
+        else Load(dp_rank=rank, num_waiting_reqs=num_sent, num_total_reqs=num_sent)
+        for rank, num_sent in enumerate(engine.num_in_flight)
+    ]
     num_in_engines = sum(load.num_total_reqs for load in loads)
     num_elsewhere = max(0, engine.num_live_requests - num_in_engines)
     loads[0].num_waiting_reqs += num_elsewhere

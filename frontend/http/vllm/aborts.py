@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class VllmAbortBody(msgspec.Struct, forbid_unknown_fields=True):
     """Which requests to abort."""
 
-    request_ids: list[str] | None = None
+    request_ids: control.Ids | None = None
     """Exact: the id that a response carries, the X-Request-Id, or the body's `request_id`."""
     wait: bool = True
     """Whether to answer after the effect; vLLM's own server has no such field."""

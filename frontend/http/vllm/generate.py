@@ -28,6 +28,7 @@ from frontend.http.openai.requests import (
     Penalty,
     Positive,
     StopString,
+    StopStrings,
     StreamOptions,
     TokenId,
 )
@@ -55,7 +56,7 @@ class SamplingBody(Struct, kw_only=True, forbid_unknown_fields=True):
     seed: Annotated[Int64, Meta(description="Choice i draws with seed + i.")] | None = None
     max_tokens: Annotated[Positive, Meta(description="Null: as many as fit.")] | None = None
     min_tokens: Count | None = None
-    stop: StopString | list[StopString] | None = None
+    stop: StopString | StopStrings | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[TokenId, float] | None = None
