@@ -8,7 +8,8 @@ its frames leave before the next step begins.
 Invariants
 - Every request accepted here gets exactly one terminal output, except those ended by an ABORT
   frame, which are silent as the protocol demands.
-- Every end, silent or not, is confirmed once to the request's own client, after its blocks left it.
+- Every end, silent or not, is confirmed to the request's own client, after its blocks left it. An
+  ABORT frame has it confirmed again.
 - Terminal outputs stand before the utility reply that reports them; a reply shares its frame with
   nothing.
 - An id is known from its ADD to its terminal; whatever is wrong with one message harms only its

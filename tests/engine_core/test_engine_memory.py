@@ -7,6 +7,7 @@ between them) has to come to an end.
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from pathlib import Path
 
@@ -19,7 +20,7 @@ CONFIG = EngineConfig(
     model=str(BUNDLED_MODEL_DIRECTORY),
     device="cpu",
     num_threads=1,
-    max_model_len=256,
+    max_model_len=2048,
     max_num_seqs=256,
     max_num_batched_tokens=1024,
     num_gpu_blocks_override=256,
@@ -29,21 +30,19 @@ ROUNDS_TO_WARM_UP = 6
 ROUNDS_MEASURED = 12
 MAX_GROWTH_BYTES = 130 * 2**20
 """Measured: 60 MiB, and 200 when each row count had a kernel of its own."""
-PAGE_BYTES = 4096
 
 
 def resident_bytes(process_id: int) -> int:
-    return (
-        int(Path(f"/proc/{process_id}/statm").read_text(encoding="ascii").split()[1]) * PAGE_BYTES
-    )
+    statm = Path(f"/proc/{process_id}/statm").read_text(encoding="ascii")
+    return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def hang_up_round(frontend: ScriptedFrontend, rng: random.Random, name: str) -> None:
-    """Requests of all lengths, which leave in groups of all sizes."""
+    """Requests that would run for long, with prompts of many lengths, leave in groups."""
     live = [f"{name}-{number}" for number in range(NUM_HANG_UPS_A_ROUND)]
     for request_id in live:
         prompt = [rng.randrange(3, 500) for _ in range(rng.randint(5, 40))]
-        await frontend.add(request_id, prompt, max_tokens=200, temperature=rng.choice([0.0, 0.8]))
+        await frontend.add(request_id, prompt, max_tokens=2000, temperature=rng.choice([0.0, 0.8]))
     await frontend.next_output(live[0])
     while live:
         num_gone = rng.randint(1, 40)

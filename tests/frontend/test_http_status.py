@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -108,3 +109,18 @@ async def test_a_server_without_engines_is_neither_healthy_nor_ready(
     assert (loads["dp_rank_count"], [load["dp_rank"] for load in loads["loads"]]) == (1, [0])
     page = (await served.http.get("/metrics")).text
     assert 'caesura_engine_up{engine="0"} 0.0' in page
+
+
+async def test_the_log_of_a_request_that_failed_says_why(
+    served: ServedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    served.engine.log_requests()
+    post = asyncio.create_task(served.http.post("/v1/completions", **request(max_tokens=3000)))
+    await served.wait_for_live_requests(1)
+    served.engine._supervisor.kill()
+    assert (await post).status_code == 503
+    (ended,) = [one for one in caplog.records if one.message.startswith("request ")]
+    assert vars(ended)["error_code"] == "engine_dead"
+    assert f"error engine_dead: {vars(ended)['error_message']}" in ended.message
+    assert "None" not in ended.message
