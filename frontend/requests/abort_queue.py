@@ -7,6 +7,9 @@ at most ten after the first of its batch, and everything that is ready leaves to
 engine. So the drops of one turn of the event loop are exactly one frame for each engine, and a lone
 drop waits a millisecond.
 
+Where few requests live there is no storm to come, and their steps are so short that a millisecond
+is half a token: after a calm, a drop among few leaves at the end of its turn of the loop.
+
 Invariants
 - Ids leave in the order in which they were dropped.
 - Whether an id is still active is asked when its batch leaves, not when it was pushed.
@@ -24,6 +27,8 @@ LINGER_S = 0.001
 """A batch leaves when no id was pushed for so long …"""
 MAX_LINGER_S = 0.010
 """… or when its first id has waited so long."""
+FEW_REQUESTS = 16
+CALM_S = 0.05
 MAX_IDS_PER_FRAME = 1024
 
 
@@ -41,14 +46,18 @@ class AbortQueue:
     def __init__(self) -> None:
         self._pending: list[tuple[str, AbortCause]] = []
         self._first_push_s = 0.0
-        self._last_push_s = 0.0
+        self._last_push_s = float("-inf")
+        self._linger_s = LINGER_S
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def push(self, request_id: str, cause: AbortCause, now: float) -> None:
+    def push(self, request_id: str, cause: AbortCause, now: float, *, num_live: int) -> None:
+        """`num_live` requests live beside it."""
         if not self._pending:
             self._first_push_s = now
+            is_calm = now - self._last_push_s > CALM_S
+            self._linger_s = 0.0 if is_calm and num_live < FEW_REQUESTS else LINGER_S
         self._last_push_s = now
         self._pending.append((request_id, cause))
 
@@ -57,7 +66,7 @@ class AbortQueue:
         """When the batch should leave, on the clock of `push`; None if there is none."""
         if not self._pending:
             return None
-        return min(self._last_push_s + LINGER_S, self._first_push_s + MAX_LINGER_S)
+        return min(self._last_push_s + self._linger_s, self._first_push_s + MAX_LINGER_S)
 
     def drain(
         self, claim: Callable[[str], int | None]

@@ -46,7 +46,7 @@ class AutoAborts:
 
     def push(self, internal_id: str, cause: AbortCause) -> None:
         """A request has ended here and its engine is to know; it leaves with others, soon."""
-        self._queue.push(internal_id, cause, self._loop.time())
+        self._queue.push(internal_id, cause, self._loop.time(), num_live=len(self._registry))
         if self._timer is None:
             self._start_timer()
 

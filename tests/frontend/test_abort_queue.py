@@ -7,15 +7,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.outputs import AbortCause
-from frontend.requests.abort_queue import LINGER_S, MAX_IDS_PER_FRAME, MAX_LINGER_S, AbortQueue
+from frontend.requests.abort_queue import (
+    CALM_S,
+    FEW_REQUESTS,
+    LINGER_S,
+    MAX_IDS_PER_FRAME,
+    MAX_LINGER_S,
+    AbortQueue,
+)
 
 DROPPED, STOPPED = AbortCause.DROPPED_STREAM, AbortCause.STOP_STRING
+
+CROWD = 1000
 
 
 def filled(*ids: str, cause: AbortCause = DROPPED) -> AbortQueue:
     queue = AbortQueue()
     for request_id in ids:
-        queue.push(request_id, cause, 0.0)
+        queue.push(request_id, cause, 0.0, num_live=CROWD)
     return queue
 
 
@@ -27,15 +36,31 @@ def test_an_empty_queue_is_never_due() -> None:
 
 def test_L7_a_lone_drop_waits_a_millisecond() -> None:
     queue = AbortQueue()
-    queue.push("a", DROPPED, 5.0)
+    queue.push("a", DROPPED, 5.0, num_live=CROWD)
     assert queue.due_at == 5.0 + LINGER_S
     assert len(queue) == 1
+
+
+def test_L7_after_a_calm_a_drop_among_few_waits_for_its_turn_of_the_loop_only() -> None:
+    queue = AbortQueue()
+    queue.push("a", DROPPED, 5.0, num_live=FEW_REQUESTS - 1)
+    queue.push("b", DROPPED, 5.0, num_live=FEW_REQUESTS - 2)
+    assert queue.due_at == 5.0
+    assert [frame.request_ids for frame in queue.drain(lambda _: 0)[0]] == [["a", "b"]]
+
+
+def test_L7_the_last_of_a_storm_are_not_few_but_late() -> None:
+    queue = AbortQueue()
+    queue.push("a", DROPPED, 5.0, num_live=FEW_REQUESTS)
+    queue.drain(lambda _: 0)
+    queue.push("b", DROPPED, 5.0 + CALM_S, num_live=0)
+    assert queue.due_at == 5.0 + CALM_S + LINGER_S
 
 
 def test_L7_each_newcomer_extends_the_wait_but_never_beyond_ten_milliseconds() -> None:
     queue = AbortQueue()
     for number in range(100):
-        queue.push(str(number), DROPPED, 0.0005 * number)
+        queue.push(str(number), DROPPED, 0.0005 * number, num_live=CROWD)
     assert queue.due_at == MAX_LINGER_S
 
 
@@ -72,7 +97,7 @@ def test_L7_long_lists_are_split(num_ids: int, sizes: list[int]) -> None:
 
 def test_causes_are_counted_apart() -> None:
     queue = filled("a", "b")
-    queue.push("c", STOPPED, 0.0)
+    queue.push("c", STOPPED, 0.0, num_live=CROWD)
     assert queue.drain(lambda _: 0)[1] == {DROPPED: 2, STOPPED: 1}
 
 
@@ -83,7 +108,7 @@ def test_L7_every_active_id_leaves_exactly_once_and_no_other_does(
     queue = AbortQueue()
     engine_of = {f"r{n}": engine for n, (engine, is_active) in enumerate(drops) if is_active}
     for number in range(len(drops)):
-        queue.push(f"r{number}", DROPPED, 0.0)
+        queue.push(f"r{number}", DROPPED, 0.0, num_live=CROWD)
     frames, _ = queue.drain(engine_of.get)
     assert sorted(i for frame in frames for i in frame.request_ids) == sorted(engine_of)
     for frame in frames:
