@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from frontend.errors import InvalidRequestError
+from frontend.errors import DuplicateRequestIdError, InvalidRequestError
 from frontend.requests.intake import NewRequest
 from frontend.sampling_params import SamplingParams
 
@@ -192,7 +192,7 @@ def _names(
         names = _one_each("rid", rid, len(num_samples))
         for own, times in Counter(filter(None, names)).items():
             if times > 1:
-                raise InvalidRequestError(
+                raise DuplicateRequestIdError(
                     f"rid has {own!r:.80} for {times} prompts of this call; give each its own"
                 )
         for own, num in zip(names, num_samples, strict=True):
