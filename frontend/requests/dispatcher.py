@@ -182,7 +182,8 @@ class Dispatcher:
 
     def _note_left(self, rank: int, internal_id: str) -> None:
         """An engine no longer runs a request; its blocks are free."""
-        self.on_turn_end()  # What it sampled before may hold a stop string.
+        if self.registry.get(internal_id) is not None:
+            self.on_turn_end()  # What it sampled before may hold a stop string, and end it here.
         ending = self.registry.get_ending(internal_id, rank)
         if ending is not None:
             if ending.cause is AbortCause.DROPPED_STREAM:
