@@ -15,20 +15,10 @@ from openai import AsyncOpenAI
 
 from frontend.config import FrontendConfig
 from ipc.engine_config import EngineConfig
+from tests.support.openai_clients import CHAT, MODEL, NEVER_ENDS, TEXT, client_of
 from tests.support.served_engine import FAKE_MODEL, PROMPT, ServedEngine, fake, served_engine
 
-MODEL = "caesura-bundled"
-TEXT = "import os\n\n\ndef read(path):\n"
-CHAT: Any = [{"role": "user", "content": "Read a file."}]
-NEVER_ENDS: dict[str, Any] = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}}
-
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-def client_of(served: ServedEngine, **options: Any) -> AsyncOpenAI:
-    """A client that does not retry, so that the first answer is seen."""
-    defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 20.0}
-    return AsyncOpenAI(base_url=f"http://127.0.0.1:{served.port}/v1", **(defaults | options))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
