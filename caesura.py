@@ -25,11 +25,18 @@ from frontend.config import FrontendConfig
 from frontend.errors import (
     DuplicateRequestIdError,
     EngineDeadError,
+    EnginePausedError,
     EngineStartupError,
     InvalidRequestError,
+    PauseConflictError,
+    PauseInterruptedError,
+    PauseTimeoutError,
     PromptTooLongError,
+    WeightUpdateConflictError,
+    WeightUpdateError,
+    WeightUpdateIncompleteError,
 )
-from frontend.outputs import AbortReceipt, RequestOutput, RequestResult
+from frontend.outputs import AbortReceipt, RequestOutput, RequestResult, ResumeFrom, WeightSpan
 from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
 from frontend.sync.engine import Engine
@@ -42,12 +49,21 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineDeadError",
+    "EnginePausedError",
     "EngineStartupError",
     "FrontendConfig",
     "InvalidRequestError",
+    "PauseConflictError",
+    "PauseInterruptedError",
+    "PauseTimeoutError",
     "PromptTooLongError",
     "RequestOutput",
     "RequestResult",
     "RequestStream",
+    "ResumeFrom",
     "SamplingParams",
+    "WeightSpan",
+    "WeightUpdateConflictError",
+    "WeightUpdateError",
+    "WeightUpdateIncompleteError",
 ]

@@ -18,8 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from engine_core.staging import StagedWeights
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
+from ipc.weights import WeightsGroup, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,13 @@ class StepBatch:
     samples: list[bool] = field(default_factory=list)
 
 
+NO_TOKEN = -1
+"""In a token id's place: no logit of the row is the largest, so nothing can be sampled."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled: one token id for each row with `samples`, in row order."""
+    """What a step sampled: one token id, or NO_TOKEN, for each row with `samples`, in row order."""
 
     token_ids: list[int]
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
@@ -73,4 +79,27 @@ class ModelRunner(Protocol):
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Run one step; all K/V writes are complete when it returns."""
+        ...
+
+    def stage(self, source: WeightSource, earlier: StagedWeights | None) -> StagedWeights:
+        """Load and check a part of a weight update beside the weights that serve.
+
+        Runs on a thread of its own while steps go on, and changes nothing that they read. `earlier`
+        is what the update staged before, to be added to. Raises ValueError naming what does not
+        fit.
+        """
+        ...
+
+    def commit(self, staged: StagedWeights) -> None:
+        """Compute with staged weights from the next step on. Called between steps; cannot fail."""
+        ...
+
+    def join_group(self, group: WeightsGroup) -> None:
+        """Become a member of a trainer's process group, on the thread of `stage`; returns when all
+        members came. Raises ValueError.
+        """
+        ...
+
+    def leave_group(self, group_name: str) -> None:
+        """Raises ValueError if there is no such group."""
         ...

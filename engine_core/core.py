@@ -12,6 +12,7 @@ Invariants
   ABORT frame has it confirmed again.
 - Terminal outputs stand before the utility reply that reports them; a reply shares its frame with
   nothing.
+- While paused nothing is computed; whatever else a client asks for happens all the same.
 - An id is known from its ADD to its terminal; whatever is wrong with one message harms only its
   sender.
 """
@@ -19,32 +20,35 @@ Invariants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 
-from engine_core.batch import ModelRunner
+from engine_core.aborts import Aborts
+from engine_core.batch import NO_TOKEN, ModelRunner
 from engine_core.config import SchedulerConfig
-from engine_core.ended import EndedRequest, aborted, describe
+from engine_core.jobs import Job, JobDone
 from engine_core.outbox import Outbox, Outgoing
+from engine_core.pause import PauseOrder, Pauses
 from engine_core.request import Request
 from engine_core.scheduler import ScheduledStep, Scheduler
 from engine_core.utilities import Utilities
 from engine_core.validation import InvalidRequest, build_request
+from engine_core.weight_updates import WeightUpdates
 from ipc.frames import Abort, InputError
-from ipc.lifecycle import AbortReceipt, RequestReceipt
-from ipc.output import EngineCoreOutput, LogprobsLists
+from ipc.output import EngineCoreOutput, LogprobsLists, OutputError
 from ipc.request import EngineCoreRequest
 from ipc.utility import UtilityCall, UtilityReply
 
 logger = logging.getLogger(__name__)
 
-Input = EngineCoreRequest | Abort | UtilityCall | InputError
+Input = EngineCoreRequest | Abort | UtilityCall | InputError | JobDone
 
 STATS_INTERVAL_S = 0.1
 """Scheduler statistics leave at most this often while stepping, and once when the engine falls
 idle.
 """
-DEFAULT_WEIGHT_VERSION = "default"
+ENGINE_PAUSED = "engine_paused"
+NUMERICAL_ERROR = "numerical_error"
 
 
 class EngineCore:
@@ -55,7 +59,10 @@ class EngineCore:
     ) -> None:
         self.config = config
         self.scheduler = Scheduler(config, runner.num_blocks)
-        self.weight_version = DEFAULT_WEIGHT_VERSION
+        self.pauses = Pauses(self.scheduler)
+        self.weights = WeightUpdates(runner, self.scheduler)
+        self.jobs: list[Job] = []
+        """Asked for by calls, and not taken yet."""
         self.num_steps = 0
         self.counters = {
             "requests_added": 0,
@@ -71,16 +78,28 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._num_arrivals = 0
         self._last_stats_s = float("-inf")
+        self._reported_load = (0, 0)
+        self.aborts = Aborts(self._requests, self.scheduler, self.counters)
         self._utilities = Utilities(self)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` would compute something."""
-        return self.scheduler.has_work
+        return self.pauses.state != "paused" and self.scheduler.has_work
+
+    @property
+    def lease_ends_s(self) -> float | None:
+        """When `apply` must be called even if nothing arrived: a pause ends by itself."""
+        return self.pauses.lease_ends_s
 
     @property
     def num_live_requests(self) -> int:
         return len(self._requests)
+
+    def take_jobs(self) -> list[Job]:
+        """Work for another thread; each must come back as a JobDone. Asked for after `apply`."""
+        jobs, self.jobs = self.jobs, []
+        return jobs
 
     # -- the boundary --------------------------------------------------------------------------
 
@@ -92,18 +111,27 @@ class EngineCore:
         """
         outbox = Outbox(self._engine_index, now)
         was_busy = bool(self._requests)
+        if self.lease_ends_s is not None and now >= self.lease_ends_s:
+            self.pauses.resume(outbox, now, "its lease is over")
         for client_index, message in inputs:
             match message:
                 case EngineCoreRequest():
                     self._add(client_index, message, outbox, now)
                 case Abort():
-                    self._abort_silently(client_index, message, outbox)
+                    self.aborts.silent(client_index, message, outbox)
                 case UtilityCall():
-                    outbox.reply(client_index, self._utilities.call(client_index, message, outbox))
+                    reply = self._utilities.call(client_index, message, outbox, now)
+                    if reply is not None:
+                        outbox.reply(client_index, reply)
+                case JobDone():
+                    self._utilities.finish(message, outbox)
                 case InputError():
                     self._answer_malformed(client_index, message, outbox)
         if was_busy and not self._requests:
             self._fall_idle(outbox, now)
+        self.pauses.settle(outbox, now)
+        if self.pauses.state == "paused" and self._load != self._reported_load:
+            self._report_stats(outbox, now)  # No step will.
         return outbox.frames()
 
     def _add(
@@ -120,6 +148,10 @@ class EngineCore:
             return
         if message.abort_immediately:
             return
+        if self.pauses.rejects_newcomers:
+            error = OutputError(ENGINE_PAUSED, "the engine is paused; try again later", True)
+            outbox.refuse(client_index, message.request_id, error)
+            return
         try:
             if live is not None:
                 raise InvalidRequest(
@@ -130,7 +162,7 @@ class EngineCore:
             )
         except InvalidRequest as error:
             self.counters["requests_refused"] += 1
-            outbox.refuse(client_index, message.request_id, str(error))
+            outbox.refuse(client_index, message.request_id, _invalid(error))
             return
         self._num_arrivals += 1
         self.counters["requests_added"] += 1
@@ -146,64 +178,7 @@ class EngineCore:
         if error.call_id is not None:
             outbox.reply(client_index, UtilityReply(error.call_id, str(error)))
         elif error.request_id is not None and error.request_id not in self._requests:
-            outbox.refuse(client_index, error.request_id, str(error))
-
-    # -- aborts --------------------------------------------------------------------------------
-
-    def _abort_silently(self, client_index: int, message: Abort, outbox: Outbox) -> None:
-        """An ABORT frame: the named requests end without an output; that they hold nothing is
-        confirmed, also of those that ended before: the frame that said so may have been lost.
-        """
-        self.counters["abort_frames"] += 1
-        ended = []
-        for request_id in dict.fromkeys(message.request_ids):
-            request = self._find(client_index, request_id)
-            if request is None:
-                outbox.confirm_end(client_index, request_id)
-            else:
-                ended.append(self._end(request, outbox))
-        logger.info(
-            "abort frame of client %d with %d ids ended %s",
-            client_index,
-            len(message.request_ids),
-            describe(ended),
-        )
-
-    def abort_with_receipt(
-        self, client_index: int, request_ids: Iterable[str], cause: str, outbox: Outbox
-    ) -> AbortReceipt:
-        """`caesura_abort`: ends each live request with a terminal output and tells of its fate."""
-        ended: list[EndedRequest] = []
-        receipts: dict[str, RequestReceipt] = {}
-        for request_id in dict.fromkeys(request_ids):
-            request = self._find(client_index, request_id)
-            if request is None:
-                receipts[request_id] = RequestReceipt("unknown")
-                continue
-            one = self._end(request, outbox)
-            ended.append(one)
-            receipts[request_id] = RequestReceipt("aborted", one.num_output_tokens, one.stage.value)
-            outbox.add(client_index, aborted(request_id))
-        receipt = AbortReceipt(
-            receipts,
-            num_blocks_freed=sum(one.num_blocks_freed for one in ended),
-            num_blocks_cached=sum(one.num_blocks_cached for one in ended),
-        )
-        logger.info(
-            "abort call of client %d (%s) with %d ids ended %s; %d blocks freed, %d kept cached",
-            client_index,
-            cause,
-            len(receipts),
-            describe(ended),
-            receipt.num_blocks_freed,
-            receipt.num_blocks_cached,
-        )
-        return receipt
-
-    def _find(self, client_index: int, request_id: str) -> Request | None:
-        """A live request, if it is this client's."""
-        request = self._requests.get(request_id)
-        return request if request is not None and request.client_index == client_index else None
+            outbox.refuse(client_index, error.request_id, _invalid(error))
 
     def live_requests(self, client_index: int) -> Iterator[Request]:
         """A client's own, in order of arrival."""
@@ -211,21 +186,17 @@ class EngineCore:
             request for request in self._requests.values() if request.client_index == client_index
         )
 
-    def _end(self, request: Request, outbox: Outbox) -> EndedRequest:
-        """End a live request at a boundary."""
-        stage, num_output_tokens = request.stage, request.num_output_tokens
-        del self._requests[request.request_id]
-        self.counters["requests_aborted"] += 1
-        freed, cached = self.scheduler.remove(request)
-        outbox.confirm_end(request.client_index, request.request_id)
-        return EndedRequest(request.request_id, stage, num_output_tokens, freed, cached)
+    def pause(
+        self, client_index: int, call: UtilityCall, order: PauseOrder, outbox: Outbox, now: float
+    ) -> None:
+        """Begin to pause; the call is answered behind everything that comes of it."""
+        ended = self.aborts.everything(outbox) if order.mode == "abort" else []
+        self.pauses.begin(client_index, call.call_id, call.method, order, ended, now)
 
     def abort_everything(self, now: float) -> list[Outgoing]:
         """The engine is shutting down: every live request ends with `abort`, told to its client."""
         outbox = Outbox(self._engine_index, now)
-        for request in list(self._requests.values()):
-            self._end(request, outbox)
-            outbox.add(request.client_index, aborted(request.request_id))
+        self.aborts.everything(outbox)
         return outbox.frames()
 
     # -- a step --------------------------------------------------------------------------------
@@ -247,12 +218,13 @@ class EngineCore:
                 if (logprobs := result.prompt_logprobs.get(slot)) is not None:
                     request.prompt_logprobs.append(logprobs)
         now = clock() if clock is not None else now
-        outbox = Outbox(self._engine_index, now, weight_version=self.weight_version)
+        outbox = Outbox(self._engine_index, now, weight_version=self.weights.version)
         self._emit(scheduled, result.token_ids, result.logprobs, outbox)
         if not self._requests:
             self._fall_idle(outbox, now)
         elif now - self._last_stats_s >= STATS_INTERVAL_S:
             self._report_stats(outbox, now)
+        self.pauses.settle(outbox, now)
         return outbox.frames()
 
     def _emit(
@@ -266,7 +238,11 @@ class EngineCore:
         sampling = compress(
             zip(scheduled.requests, scheduled.batch.slots, strict=True), scheduled.batch.samples
         )
+        failed: list[Request] = []
         for (request, slot), token_id in zip(sampling, token_ids, strict=True):
+            if token_id == NO_TOKEN:
+                failed.append(request)
+                continue
             ended = request.append_token(token_id)
             if ended is None and not request.events and slot not in logprobs:
                 outbox.add(request.client_index, EngineCoreOutput(request.request_id, (token_id,)))
@@ -289,6 +265,20 @@ class EngineCore:
                 ),
             )
             request.events.clear()
+        if failed:
+            self._fail(failed, outbox)
+
+    def _fail(self, requests: Sequence[Request], outbox: Outbox) -> None:
+        """The model gave nothing to choose a token from; what it gave before has been sent."""
+        message = "the model's logits are not finite, so no token can be chosen; check its weights"
+        logger.error(
+            "%d requests ended, such as %r: %s", len(requests), requests[0].request_id, message
+        )
+        error = OutputError(NUMERICAL_ERROR, message, retryable=False)
+        for request in requests:
+            del self._requests[request.request_id]
+            self.scheduler.remove(request)
+            outbox.refuse(request.client_index, request.request_id, error)
 
     # -- statistics ----------------------------------------------------------------------------
 
@@ -302,6 +292,14 @@ class EngineCore:
             logger.error("blocks leaked: %s", "; ".join(self.scheduler.check_integrity()))
         self._report_stats(outbox, now)
 
+    @property
+    def _load(self) -> tuple[int, int]:
+        return len(self.scheduler.running), self.scheduler.num_waiting
+
     def _report_stats(self, outbox: Outbox, now: float) -> None:
-        self._last_stats_s = now
+        self._last_stats_s, self._reported_load = now, self._load
         outbox.set_stats(self.scheduler.take_stats(self.num_steps))
+
+
+def _invalid(error: Exception) -> OutputError:
+    return OutputError("validation_error", str(error), retryable=False)

@@ -4,43 +4,85 @@ It keeps a KV cache of token ids and reads them back through the block tables: t
 function of the last token, of the token in the middle of the context and of the length. A block
 handed to two sequences, lost, or reused with stale contents makes the output wrong, and
 `expected_tokens` says what it should have been.
+
+Its weights are one integer, the *salt*: 0 at the start, `salt_of` the paths of an update after it.
+A cache cell keeps the salt of the weights that wrote it, and the next token depends on the cells'
+salts and on the present one. So KV that outlived an update shows, and `token_behind` says what a
+context computed under several weights should have given.
+
+It computes row by row on plain lists: steps of a few rows, which simulations run by the thousand,
+cost a few microseconds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine_core.batch import StepBatch, StepResult
 from engine_core.prompt_logprobs import OwedPromptLogprobs, PromptSpan
+from engine_core.staging import StagedWeights
 from ipc.output import LogprobsLists
+from ipc.weights import WeightsGroup, WeightSource
 
 FAKE_LOGPROB = -1.0
 
+_VOCAB_SIZE = 32_000
+_NUM_SALTS = 3_989
+"""Few enough that two salts never look alike in a vocabulary of the default size."""
+_SALT_STRIDE = 7_919
+_BYTES_PER_PART = 4
 
-def next_token(last: int, middle: int, num_tokens: int, vocab_size: int) -> int:
-    """The token behind a context of `num_tokens`, whose token at index `num_tokens // 2` is
-    `middle`.
+
+def next_token(last: int, middle: int, num_tokens: int, vocab_size: int, salt: int = 0) -> int:
+    """The token behind a context of `num_tokens` cells, under the weights `salt`; `middle` is what
+    the cell at index `num_tokens // 2` holds. A cell of weights 0 holds the bare token id.
     """
-    return (3 * last + 5 * middle + num_tokens) % vocab_size
+    return (3 * last + 5 * middle + num_tokens + _SALT_STRIDE * salt) % vocab_size
 
 
-def expected_tokens(prompt: Sequence[int], num_tokens: int, vocab_size: int = 32_000) -> list[int]:
-    """The outputs that a fake engine answers to `prompt` while nothing stops it."""
+def token_behind(
+    context: Sequence[int], cell_salts: Sequence[int], salt: int, vocab_size: int = _VOCAB_SIZE
+) -> int:
+    """The token that weights `salt` give behind a context whose cells others may have written:
+    the one of `context[i]` was written by weights `cell_salts[i]`.
+    """
+    length = len(context)
+    last, middle = (_cell(context[index], cell_salts[index]) for index in (length - 1, length // 2))
+    return next_token(last, middle, length, vocab_size, salt)
+
+
+def expected_tokens(
+    prompt: Sequence[int], num_tokens: int, vocab_size: int = _VOCAB_SIZE, salt: int = 0
+) -> list[int]:
+    """The outputs that a fake engine answers to `prompt` while nothing stops it, with weights that
+    do not change.
+    """
     context = list(prompt)
+    salts = [salt] * (len(prompt) + num_tokens)
     for _ in range(num_tokens):
-        length = len(context)
-        context.append(next_token(context[-1], context[length // 2], length, vocab_size))
+        context.append(token_behind(context, salts, salt, vocab_size))
     return context[len(prompt) :]
 
 
+def salt_of(*paths: str) -> int:
+    """The weights after an update whose parts had these paths, in order: 1 to 3,989."""
+    return zlib.crc32("\n".join(paths).encode()) % _NUM_SALTS + 1
+
+
+def _cell(token_id: int, salt: int) -> int:
+    return token_id + _SALT_STRIDE * salt
+
+
 def expected_prompt_logprobs(
-    prompt: Sequence[int], num_alternatives: int, vocab_size: int = 32_000
+    prompt: Sequence[int], num_alternatives: int, vocab_size: int = _VOCAB_SIZE
 ) -> LogprobsLists:
-    """The log-probabilities that a fake engine answers for the prompt itself."""
+    """The log-probabilities that a fake engine with weights 0 answers for the prompt itself."""
     tokens = np.array(prompt, np.int64)
     return _prompt_logprobs(tokens[:-1], tokens[1:], num_alternatives, vocab_size)
 
@@ -53,6 +95,26 @@ def _prompt_logprobs(
     token_ids[:, 0] = following
     logprobs = -(last[:, None] % 64 + 1 + columns) / 8
     return LogprobsLists(token_ids.astype(np.int32), logprobs.astype(np.float32), last % 16 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStagedWeights:
+    """Implements `StagedWeights`: the paths of the parts, each of which counts as one tensor."""
+
+    paths: tuple[str, ...]
+
+    @property
+    def num_tensors(self) -> int:
+        return len(self.paths)
+
+    @property
+    def num_bytes(self) -> int:
+        return _BYTES_PER_PART * len(self.paths)
+
+    @property
+    def checksum(self) -> str:
+        """The salt of the last path alone, in hexadecimal."""
+        return f"{salt_of(self.paths[-1]):x}"
 
 
 class FakeRunner:
@@ -68,93 +130,95 @@ class FakeRunner:
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
-        vocab_size: int = 32_000,
+        vocab_size: int = _VOCAB_SIZE,
         step_time_ms: float = 0.0,
     ) -> None:
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self._block_size = block_size
         self._step_time_s = step_time_ms / 1000
-        self._tokens: NDArray[np.int64] = np.zeros((max_num_seqs, max_model_len + 1), np.int64)
-        self._num_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
-        num_table_blocks = -(-max_model_len // block_size)
-        self._tables: NDArray[np.int64] = np.zeros((max_num_seqs, num_table_blocks), np.int64)
-        self._table_lengths = [0] * max_num_seqs
+        self._salt = 0
+        # By slot.
+        self._tokens: list[list[int]] = [[] for _ in range(max_num_seqs)]
+        self._tables: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self._wants_logprobs: dict[int, int] = {}
         self._owed_prompt_logprobs = OwedPromptLogprobs(vocab_size)
-        self._cache: NDArray[np.int64] = np.full(num_blocks * block_size, -1, np.int64)
+        self._cache = [-1] * (num_blocks * block_size)
+
+    # -- steps -----------------------------------------------------------------------------------
 
     def execute(self, batch: StepBatch) -> StepResult:
         if self._step_time_s:
             time.sleep(self._step_time_s)
         self._update(batch)
-        slots = np.array(batch.slots)
-        computed = np.array(batch.num_computed_tokens)
-        num_new = np.array(batch.num_new_tokens)
-        self._write(slots, computed, num_new)
+        for slot, computed, num_new in zip(
+            batch.slots, batch.num_computed_tokens, batch.num_new_tokens, strict=True
+        ):
+            self._write(slot, computed, computed + num_new)
         of_prompts = {
             span.slot: self._judge_span(span)
             for span in self._owed_prompt_logprobs.take_spans(batch)
         }
-        return self._sample(slots[np.array(batch.samples, dtype=bool)], of_prompts)
+        token_ids: list[int] = []
+        logprobs: dict[int, LogprobsLists] = {}
+        for slot, samples in zip(batch.slots, batch.samples, strict=True):
+            if samples:
+                token_id = self._sample(slot)
+                token_ids.append(token_id)
+                if slot in self._wants_logprobs:
+                    num_logprobs = self._wants_logprobs[slot]
+                    logprobs[slot] = self._fake_logprobs(token_id, num_logprobs)
+        return StepResult(token_ids, logprobs, of_prompts)
 
     def _update(self, batch: StepBatch) -> None:
         for slot in batch.left:
             self._wants_logprobs.pop(slot, None)
         for sequence in batch.joined:
             slot = sequence.slot
-            self._tokens[slot, : len(sequence.token_ids)] = sequence.token_ids
-            self._num_tokens[slot] = len(sequence.token_ids)
-            self._table_lengths[slot] = 0
-            self._append_blocks(slot, sequence.block_ids)
+            self._tokens[slot] = list(sequence.token_ids)
+            self._tables[slot] = list(sequence.block_ids)
             if sequence.sampling.logprobs is not None:
                 self._wants_logprobs[slot] = sequence.sampling.logprobs
         for slot, block_ids in batch.new_blocks:
-            self._append_blocks(slot, block_ids)
+            self._tables[slot] += block_ids
 
-    def _append_blocks(self, slot: int, block_ids: list[int]) -> None:
-        start = self._table_lengths[slot]
-        self._tables[slot, start : start + len(block_ids)] = block_ids
-        self._table_lengths[slot] = start + len(block_ids)
+    def _write(self, slot: int, start: int, stop: int) -> None:
+        """Fill the cells of a sequence's positions start .. stop - 1, through its block table."""
+        block_size, table = self._block_size, self._tables[slot]
+        tokens, offset = self._tokens[slot], _SALT_STRIDE * self._salt
+        if stop - start == 1:  # a decode, for speed
+            place = table[start // block_size] * block_size + start % block_size
+            self._cache[place] = tokens[start] + offset
+            return
+        while start < stop:
+            index = start // block_size
+            end = min(stop, (index + 1) * block_size)
+            cells = [token_id + offset for token_id in tokens[start:end]]
+            first = table[index] * block_size + start % block_size
+            self._cache[first : first + len(cells)] = cells
+            start = end
 
-    def _cells(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Cache cells of (slot, position) pairs, through the block tables."""
-        blocks = self._tables[slots, positions // self._block_size]
-        return blocks * self._block_size + positions % self._block_size
-
-    def _write(
-        self,
-        slots: NDArray[np.int64],
-        computed: NDArray[np.int64],
-        num_new: NDArray[np.int64],
-    ) -> None:
-        rows = np.repeat(slots, num_new)
-        starts = np.repeat(np.cumsum(num_new) - num_new, num_new)
-        positions = np.repeat(computed, num_new) + np.arange(len(rows)) - starts
-        self._cache[self._cells(rows, positions)] = self._tokens[rows, positions]
+    def _read(self, slot: int, positions: Iterable[int]) -> list[int]:
+        cache, table, block_size = self._cache, self._tables[slot], self._block_size
+        return [cache[table[at // block_size] * block_size + at % block_size] for at in positions]
 
     def _judge_span(self, span: PromptSpan) -> LogprobsLists:
-        num_positions = len(span.next_token_ids)
-        positions = np.arange(span.start, span.start + num_positions)
-        last = self._cache[self._cells(np.full(num_positions, span.slot), positions)]
+        stop = span.start + len(span.next_token_ids)
+        last = self._read(span.slot, range(span.start, stop))
         return _prompt_logprobs(
-            last, np.array(span.next_token_ids, np.int64), span.num_alternatives, self.vocab_size
+            np.array(last, np.int64),
+            np.array(span.next_token_ids, np.int64),
+            span.num_alternatives,
+            self.vocab_size,
         )
 
-    def _sample(self, slots: NDArray[np.int64], of_prompts: dict[int, LogprobsLists]) -> StepResult:
-        lengths = self._num_tokens[slots]
-        last = self._cache[self._cells(slots, lengths - 1)]
-        middle = self._cache[self._cells(slots, lengths // 2)]
-        sampled = (3 * last + 5 * middle + lengths) % self.vocab_size
-        self._tokens[slots, lengths] = sampled
-        self._num_tokens[slots] += 1
-        token_ids: list[int] = sampled.tolist()
-        logprobs = {
-            slot: self._fake_logprobs(token_id, self._wants_logprobs[slot])
-            for slot, token_id in zip(slots.tolist(), token_ids, strict=True)
-            if slot in self._wants_logprobs
-        }
-        return StepResult(token_ids, logprobs, of_prompts)
+    def _sample(self, slot: int) -> int:
+        tokens = self._tokens[slot]
+        length = len(tokens)
+        last, middle = self._read(slot, (length - 1, length // 2))
+        token_id = next_token(last, middle, length, self.vocab_size, self._salt)
+        tokens.append(token_id)
+        return token_id
 
     def _fake_logprobs(self, token_id: int, num_logprobs: int) -> LogprobsLists:
         num_logprobs = min(num_logprobs, self.vocab_size)
@@ -164,3 +228,33 @@ class FakeRunner:
             np.full((1, len(ids)), FAKE_LOGPROB, np.float32),
             np.ones(1, np.int64),
         )
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def stage(self, source: WeightSource, earlier: StagedWeights | None) -> FakeStagedWeights:
+        """Take a path for weights; nothing is read from it. Raises ValueError if the path contains
+        "missing", for another checksum than the path's, and for a broadcast.
+        """
+        if source.kind == "broadcast":
+            raise ValueError(
+                "the fake runner takes no broadcast; stage weights of kind 'disk' or 'file'"
+            )
+        if "missing" in source.path:
+            raise ValueError(f"path={source.path!r}: there are no such weights")
+        before = earlier.paths if isinstance(earlier, FakeStagedWeights) else ()
+        staged = FakeStagedWeights((*before, source.path))
+        if source.checksum not in (None, staged.checksum):
+            raise ValueError(
+                f"checksum={source.checksum!r}, but that of {source.path!r} is {staged.checksum!r}"
+            )
+        return staged
+
+    def commit(self, staged: StagedWeights) -> None:
+        assert isinstance(staged, FakeStagedWeights), "weights that another runner staged"
+        self._salt = salt_of(*staged.paths)
+
+    def join_group(self, group: WeightsGroup) -> None:
+        raise ValueError(f"group_name={group.group_name!r}: the fake runner joins no group")
+
+    def leave_group(self, group_name: str) -> None:
+        raise ValueError(f"group_name={group_name!r}: the fake runner is in no group")

@@ -48,17 +48,10 @@ class Outbox:
         self._outputs.setdefault(client_index, [])
         self._ended.setdefault(client_index, []).append(request_id)
 
-    def refuse(self, client_index: int, request_id: str, message: str) -> None:
-        """End a request that never began: finish reason 3, with the reason in words."""
-        self.add(
-            client_index,
-            EngineCoreOutput(
-                request_id,
-                (),
-                finish_reason=FinishReason.ERROR,
-                error=OutputError("validation_error", message, retryable=False),
-            ),
-        )
+    def refuse(self, client_index: int, request_id: str, error: OutputError) -> None:
+        """End a request that cannot run, or not on: finish reason 3, with the reason in words."""
+        output = EngineCoreOutput(request_id, (), finish_reason=FinishReason.ERROR, error=error)
+        self.add(client_index, output)
         self.confirm_end(client_index, request_id)
 
     def reply(self, client_index: int, reply: UtilityReply) -> None:

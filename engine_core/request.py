@@ -40,6 +40,8 @@ class Request:
     order: tuple[int, int]
     """(priority, arrival number): lower runs first and is preempted last."""
     cache_salt: str | None = None
+    num_resumed_tokens: int = 0
+    """Outputs that it brought along: another request sampled them before it was aborted."""
 
     stage: Stage = Stage.WAITING
     num_computed_tokens: int = 0
@@ -49,6 +51,8 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the full blocks of `token_ids`, as far as they were needed."""
     num_published_blocks: int = 0
+    is_of_one_epoch: bool = True
+    """Whether all its KV was computed under the present weights; else others must not share it."""
     num_preemptions: int = 0
     slot: int = -1
     prompt_logprobs: list[LogprobsLists] = field(default_factory=list)
@@ -60,7 +64,13 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
+        """All of them, those that it brought along included."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens sampled here."""
+        return self.num_output_tokens - self.num_resumed_tokens
 
     def append_token(self, token_id: int) -> tuple[FinishReason, int | None] | None:
         """Add a sampled token. Returns (finish reason, stop reason) if it ends the request.
@@ -79,7 +89,7 @@ class Request:
     @property
     def owes_prompt_logprobs(self) -> bool:
         """Whether every position of the prompt must be computed for it, cached or not."""
-        return self.sampling.prompt_logprobs is not None and self.num_output_tokens == 0
+        return self.sampling.prompt_logprobs is not None and self.num_new_tokens == 0
 
     def take_prompt_logprobs(self) -> LogprobsLists | None:
         """Those of the whole prompt, with the first token only; None if they are not wanted."""
@@ -90,12 +100,12 @@ class Request:
 
     def prefill_stats(self) -> PrefillStats | None:
         """How the prompt was computed; told with the first token only."""
-        if self.num_output_tokens != 1:
+        if self.num_new_tokens != 1:
             return None
-        num_cached = self.num_cached_tokens
+        num_cached, num_known = self.num_cached_tokens, len(self.token_ids) - 1
         return PrefillStats(
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_computed_tokens=self.num_prompt_tokens - num_cached,
+            num_prompt_tokens=num_known,
+            num_computed_tokens=num_known - num_cached,
             num_cached_tokens=num_cached,
             num_local_cached_tokens=num_cached,
         )

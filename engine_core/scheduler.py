@@ -10,8 +10,9 @@ Invariants
   in need.
 - A request is admitted only if all its known tokens fit; one request alone always fits (checked
   at start-up).
-- Blocks are published to the prefix cache only after the step that filled them, and only those of
-  a chain whose root was taken under the present weight epoch.
+- Blocks are published to the prefix cache only after the step that filled them, and only by a
+  request whose whole KV is of the present weight epoch.
+- While newcomers are held, only requests that have begun before are scheduled.
 - A slot is in the running set or free, and the runner hears of each change in the next batch.
 """
 
@@ -63,34 +64,79 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(num_blocks)
         self.waiting = WaitingQueue()
+        self.held = WaitingQueue()
+        """Requests that may not begin yet: a pause holds them."""
         self.running: list[Request] = []
         self.weight_epoch = 0
         self.num_preemptions = 0
+        self.num_retractions = 0
         self.num_computed_tokens = 0
         self.prefix_cache = PrefixCacheCounters()
         self._reported = PrefixCacheCounters()
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []
+        self._holds_newcomers = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests without blocks, held ones among them."""
+        return len(self.waiting) + len(self.held)
+
     # -- life of a request ---------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> None:
         request.events.append(EngineCoreEvent(EventType.QUEUED, now))
-        self.waiting.push(request)
+        (self.held if self._holds_newcomers else self.waiting).push(request)
 
     def remove(self, request: Request) -> tuple[int, int]:
         """Take a request out, whatever its stage. Returns (blocks freed, blocks left in the prefix
         cache).
         """
         if request.slot < 0:
-            self.waiting.remove(request)
+            (self.held if request in self.held else self.waiting).remove(request)
             return 0, 0
         self.running.remove(request)
         return self._give_up_blocks(request)
+
+    # -- pauses and updates, between steps -----------------------------------------------------
+
+    def hold_newcomers(self) -> None:
+        """Begin nothing from now on: what has not begun is held, and so is what will be added."""
+        self._holds_newcomers = True
+        for request in [one for one in self.waiting if one.stage is Stage.WAITING]:
+            self.waiting.remove(request)
+            self.held.push(request)
+
+    def release_newcomers(self) -> None:
+        """What was held may begin, in its order."""
+        self._holds_newcomers = False
+        for request in self.held:
+            self.waiting.push(request)
+        self.held = WaitingQueue()
+
+    def retract_running(self) -> tuple[int, int, int]:
+        """Free the KV of every running request; each waits at its old place to be recomputed.
+        Returns (requests, blocks freed, blocks left in the prefix cache).
+        """
+        num_requests = len(self.running)
+        self.num_retractions += num_requests
+        num_freed = num_cached = 0
+        while self.running:
+            freed, cached = self._send_back(self.running.pop())
+            num_freed, num_cached = num_freed + freed, num_cached + cached
+        return num_requests, num_freed, num_cached
+
+    def begin_weight_epoch(self) -> None:
+        """The next step runs under new weights: KV of the old ones is found by nobody any more."""
+        self.weight_epoch += 1
+        for request in self.running:
+            request.is_of_one_epoch = False
+        for request in (*self.waiting, *self.held):
+            request.block_hashes.clear()
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -196,16 +242,24 @@ class Scheduler:
             self._append_row(batch, requests, request, num_new)
 
     def _preempt(self, request: Request, now: float) -> None:
-        """Send a request (already out of `running`) back to wait; its tokens will be recomputed."""
-        self._give_up_blocks(request)
+        """Take the blocks of a request (already out of `running`) for another one."""
+        self._send_back(request)
+        request.events.append(EngineCoreEvent(EventType.PREEMPTED, now))
+        self.num_preemptions += 1
+
+    def _send_back(self, request: Request) -> tuple[int, int]:
+        """A request (already out of `running`) waits again; its tokens will be recomputed. Returns
+        (blocks freed, blocks left in the prefix cache).
+        """
+        counts = self._give_up_blocks(request)
         request.stage = Stage.PREEMPTED
         request.num_computed_tokens = 0
+        request.is_of_one_epoch = True
         request.block_hashes.clear()
         request.prompt_logprobs.clear()
-        request.events.append(EngineCoreEvent(EventType.PREEMPTED, now))
         self.waiting.push(request)
         request.num_preemptions += 1
-        self.num_preemptions += 1
+        return counts
 
     def _give_up_blocks(self, request: Request) -> tuple[int, int]:
         counts = self.pool.release(request.block_ids)
@@ -230,7 +284,7 @@ class Scheduler:
         return self.pool.find(request.block_hashes[:num_full])
 
     def _publish(self, request: Request) -> None:
-        if not self.config.enable_prefix_caching:
+        if not self.config.enable_prefix_caching or not request.is_of_one_epoch:
             return
         num_full = request.num_computed_tokens // self.config.block_size
         self._extend_hashes(request, num_full)
@@ -250,7 +304,7 @@ class Scheduler:
     def _count_prefix_hit(self, request: Request) -> None:
         request.num_cached_tokens = request.num_computed_tokens
         self.prefix_cache.num_requests += 1
-        self.prefix_cache.num_queried_tokens += request.num_prompt_tokens
+        self.prefix_cache.num_queried_tokens += len(request.token_ids)
         self.prefix_cache.num_hit_tokens += request.num_cached_tokens
 
     # -- books ---------------------------------------------------------------------------------
@@ -261,7 +315,7 @@ class Scheduler:
         self._reported = replace(now)
         return SchedulerStats(
             num_running_reqs=len(self.running),
-            num_waiting_reqs=len(self.waiting),
+            num_waiting_reqs=self.num_waiting,
             step_counter=step_counter,
             kv_cache_usage=1.0 - self.pool.num_available / self.pool.num_blocks,
             prefix_cache_stats=PrefixCacheStats(
@@ -279,7 +333,7 @@ class Scheduler:
             errors.append(f"slots in use or free are {sorted(slots)}")
         errors += [
             f"request {request.request_id} waits but holds {len(request.block_ids)} blocks"
-            for request in self.waiting
+            for request in (*self.waiting, *self.held)
             if request.block_ids
         ]
         return errors

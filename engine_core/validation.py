@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from engine_core.config import SchedulerConfig
 from engine_core.request import Request
-from ipc.request import EngineCoreRequest
+from ipc.request import EngineCoreRequest, SamplingParams
 
+NUM_RESUMED_TOKENS = "caesura_num_resumed_tokens"
+"""In `extra_args`: so many tokens at the end of the prompt are outputs of an earlier run, and count
+as outputs for penalties, `min_tokens` and `max_tokens`.
+"""
 MAX_PROMPT_LOGPROBS = 2**23
 """Most log-probabilities of one prompt, alternatives included: 64 MiB with their token ids."""
 
@@ -39,13 +43,21 @@ def build_request(
             f"the prompt has {len(prompt)} tokens, but the model's context holds "
             f"max_model_len={config.max_model_len}, prompt and output together; shorten the prompt"
         )
+    num_resumed_tokens = _num_resumed_tokens(sampling, len(prompt))
     if (largest := max(prompt)) >= vocab_size:
+        is_resumed = largest in prompt[len(prompt) - num_resumed_tokens :]
+        what = "resume_from.output_token_ids: token" if is_resumed else "prompt token"
         raise InvalidRequest(
-            f"prompt token id {largest} is outside the vocabulary of {vocab_size} tokens"
+            f"{what} id {largest} is outside the vocabulary of {vocab_size} tokens"
         )
-    max_output_tokens = config.max_model_len - len(prompt)
+    max_output_tokens = config.max_model_len - len(prompt) + num_resumed_tokens
     if sampling.max_tokens is not None:
         max_output_tokens = min(max_output_tokens, sampling.max_tokens)
+    if max_output_tokens <= num_resumed_tokens:
+        raise InvalidRequest(
+            f"max_tokens={sampling.max_tokens} is used up by the {num_resumed_tokens} output "
+            f"tokens that the request brings along; raise it"
+        )
     if (allowed := sampling.allowed_token_ids) is not None:
         possible = {token_id for token_id in allowed if token_id < vocab_size}
         if not possible:
@@ -72,10 +84,25 @@ def build_request(
         request_id=message.request_id,
         client_index=client_index,
         token_ids=list(prompt),
-        num_prompt_tokens=len(prompt),
+        num_prompt_tokens=len(prompt) - num_resumed_tokens,
         sampling=sampling,
         max_output_tokens=max_output_tokens,
         order=(message.priority, arrival),
         cache_salt=message.cache_salt,
+        num_resumed_tokens=num_resumed_tokens,
         ending_token_ids=frozenset(sampling.stop_token_ids) | eos_token_ids,
     )
+
+
+def _num_resumed_tokens(sampling: SamplingParams, num_known_tokens: int) -> int:
+    count = (sampling.extra_args or {}).get(NUM_RESUMED_TOKENS, 0)
+    if not isinstance(count, int) or not 0 <= count < num_known_tokens:
+        raise InvalidRequest(
+            f"{NUM_RESUMED_TOKENS}={count!r} must leave at least one of the {num_known_tokens} "
+            f"tokens to the prompt"
+        )
+    if count and sampling.prompt_logprobs is not None:
+        raise InvalidRequest(
+            "prompt_logprobs of a resumed request are not supported; ask for them with the prompt"
+        )
+    return count

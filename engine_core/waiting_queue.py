@@ -23,6 +23,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._live)
 
+    def __contains__(self, request: Request) -> bool:
+        return self._live.get(request.order) is request
+
     def __iter__(self) -> Iterator[Request]:
         """In arrival, not priority, order."""
         return iter(self._live.values())

@@ -24,28 +24,30 @@ from functools import partial
 from frontend.config import FrontendConfig
 from frontend.engines.engine_client import EngineClient
 from frontend.engines.supervisor import EngineSupervisor
-from frontend.errors import (
-    EngineDeadError,
-    ShuttingDownError,
-)
+from frontend.errors import EngineDeadError, ShuttingDownError
 from frontend.metrics import Metrics
-from frontend.outputs import AbortCause, AbortReceipt, LiveRequest, Terminal
+from frontend.outputs import AbortCause, ResumeFrom, Terminal
 from frontend.requests.admission import Admission
+from frontend.requests.controls import RequestControls
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.explicit_abort import ExplicitAborts, Selector
-from frontend.requests.inspection import engine_statuses, list_requests
-from frontend.requests.intake import NewRequest, RequestIntake
+from frontend.requests.intake import RequestIntake
+from frontend.requests.new_request import NewRequest
+from frontend.requests.pauses import Pauses
 from frontend.requests.stream import RequestStream
 from frontend.sampling_params import SamplingParams
 from frontend.text.tokenizer import Tokenizer
-from ipc.lifecycle import EngineStatus
+from frontend.weights.controls import WeightControls
+from frontend.weights.updates import WeightUpdates
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_ABORT_TIMEOUT_S = 2.0
+FIRST_STATUS_TIMEOUT_S = 1.0
+"""For engines to tell the label of their weights at the start; a later word of theirs does too."""
 
 
-class AsyncEngine:
+class AsyncEngine(RequestControls, WeightControls):
     """A running front end with its engines. Create it with `start`."""
 
     def __init__(
@@ -61,6 +63,9 @@ class AsyncEngine:
         self._dispatcher = dispatcher
         self._supervisor = supervisor
         self._aborts = ExplicitAborts(dispatcher)
+        self._pauses = Pauses(dispatcher)
+        self._weights = WeightUpdates(dispatcher, self._pauses, self._aborts)
+        self._is_all_local = config.num_local_engines == config.data_parallel_size
         self._thread_id = threading.get_ident()
         self._shutdown: asyncio.Task[None] | None = None
         self._grace_is_over = asyncio.Event()
@@ -70,6 +75,8 @@ class AsyncEngine:
         dispatcher.foreign_engines.update(
             rank for rank, peer in registrations.items() if peer.caesura_protocol is None
         )
+        self.dtype = next(iter(registrations.values())).dtype
+        """Of the weights."""
         self.max_model_len = min(peer.max_model_len for peer in registrations.values())
         self._intake = RequestIntake(
             dispatcher,
@@ -122,7 +129,9 @@ class AsyncEngine:
             with contextlib.closing(client):
                 await loop.run_in_executor(None, supervisor.terminate)
             raise
-        return cls(config, tokenizer, dispatcher, supervisor)
+        engine = cls(config, tokenizer, dispatcher, supervisor)
+        await engine.status(FIRST_STATUS_TIMEOUT_S, check_integrity=False)
+        return engine
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -138,16 +147,20 @@ class AsyncEngine:
         priority: int = 0,
         tags: Sequence[str] = (),
         timeout_s: float | None = None,
+        resume_from: ResumeFrom | None = None,
     ) -> RequestStream:
-        """Accept a request and return its stream. Give either a text or token ids.
+        """Accept a request and return its stream. Give either a text, or token ids, or the
+        `resume_from` of an aborted result, to go on where it ended: with its seed and its token
+        limits (but a smaller `max_tokens` counts), and otherwise the sampling parameters given
+        here, which should be those of before. The result is then about new tokens only.
 
         `request_id` must not name a live request; `aliases` are further names for it, `batch_id` is
         a name that it shares with its siblings. A lower `priority` runs first. `tags` select
         requests for an abort. At the age of `timeout_s` it is aborted, and returns what it has.
 
-        Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError, OverloadedError or
-        EngineDeadError; then nothing was accepted. A long text is tokenized after acceptance, and
-        turns out too long by ending with `error`.
+        Raises InvalidRequestError, PromptTooLongError, DuplicateRequestIdError, OverloadedError,
+        EnginePausedError or EngineDeadError; then nothing was accepted. A long text is tokenized
+        after acceptance, and turns out too long by ending with `error`.
         """
         if sampling_params is None:
             sampling_params = SamplingParams()
@@ -161,6 +174,7 @@ class AsyncEngine:
             priority=priority,
             tags=tags,
             timeout_s=timeout_s,
+            resume_from=resume_from,
         )
         return self.accept([new])[0]
 
@@ -188,45 +202,7 @@ class AsyncEngine:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and with it every request
             self._loop.call_soon_threadsafe(self._dispatcher.drop, internal_id, cause)
 
-    # -- control -------------------------------------------------------------------------------
-
-    async def abort(
-        self,
-        request_id: str | Sequence[str] | None = None,
-        *,
-        prefix: str | None = None,
-        tag: str | None = None,
-        abort_all: bool = False,
-        wait: bool = True,
-        timeout_s: float = 5.0,
-    ) -> AbortReceipt:
-        """Abort requests by exact id (or several), id prefix, tag, or all of them.
-
-        Each ends as a success with its partial result and the finish reason `abort`. The receipt
-        comes after the effect: blocks have left the requests and terminals are with their streams;
-        what is not confirmed within `timeout_s` is `pending`, and still follows. With `wait=False`
-        the receipt only says what was asked for. Raises InvalidRequestError unless exactly one
-        selector is given.
-        """
-        names = [request_id] if isinstance(request_id, str) else request_id
-        selector = Selector(request_ids=names, prefix=prefix, tag=tag, everything=abort_all)
-        pending = self._aborts.start(selector, AbortCause.EXPLICIT)
-        return await self._aborts.finish(pending, timeout_s) if wait else pending.receipt
-
-    async def status(
-        self, timeout_s: float = 5.0, *, check_integrity: bool = True
-    ) -> dict[int, EngineStatus]:
-        """What each living Caesura engine says of itself; one that does not answer rightly and in
-        time is left out. Checking its books holds up its next step, by some milliseconds where it
-        is full.
-        """
-        return await engine_statuses(self._dispatcher, timeout_s, check_integrity=check_integrity)
-
-    async def list_requests(self) -> list[LiveRequest]:
-        """Every request that holds something, here or in an engine, in order of acceptance; those
-        that have ended here and that their engine has not yet let go come last.
-        """
-        return await list_requests(self._dispatcher)
+    # -- what it is like now -------------------------------------------------------------------
 
     @property
     def metrics(self) -> Metrics:
@@ -243,8 +219,20 @@ class AsyncEngine:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request that came now would be accepted."""
-        return self._shutdown is None and bool(self._dispatcher.alive_engines)
+        """Whether a request that came now would be accepted, and run."""
+        return (
+            self._shutdown is None
+            and bool(self._dispatcher.alive_engines)
+            and self._dispatcher.gate.is_open
+        )
+
+    @property
+    def shutdown_left_s(self) -> float | None:
+        """How long requests may still run; None unless it is shutting down."""
+        if self._shutdown is None:
+            return None
+        timer = None if self._grace_is_over.is_set() else self._grace_timer
+        return 0.0 if timer is None else max(0.0, timer.when() - self._loop.time())
 
     @property
     def alive_engines(self) -> frozenset[int]:
@@ -268,15 +256,16 @@ class AsyncEngine:
         """Those that have ended here and that their engine has not yet let go."""
         return self._dispatcher.registry.num_ending
 
-    def _check_serving(self) -> None:
+    def _check_serving(self, remedy: str = "send the request elsewhere") -> None:
         if self._shutdown is not None:
-            raise ShuttingDownError("the server is shutting down; send the request elsewhere")
+            raise ShuttingDownError(f"the server is shutting down; {remedy}")
         if not self._dispatcher.alive_engines:
             raise EngineDeadError("no engine is alive; restart the server")
 
     async def shutdown(self, grace_s: float = 0.0) -> None:
         """Accept nothing more, let requests finish for so long, end the rest with what they have
-        (cause `shutdown`), then all engines.
+        (cause `shutdown`), then all engines. While paused nothing can finish, so all end at once;
+        while draining, what has begun may.
 
         Harmless to repeat, and a shorter grace then counts: every call returns when all of it is
         done, and giving one up stops nothing.
@@ -284,17 +273,31 @@ class AsyncEngine:
         if self._shutdown is None:
             self._dispatcher.on_idle = self._grace_is_over.set
             self._shutdown = self._loop.create_task(self._shut_down())
-        if grace_s <= 0 or not self.num_live_requests:
+        if grace_s <= 0 or not self.can_finish_requests:
             self._grace_is_over.set()
         elif self._grace_timer is None:
             self._grace_timer = self._loop.call_later(grace_s, self._grace_is_over.set)
+            if self.pause_state.state == "draining":
+                self._pauses.call_when_paused(self._end_grace_if_paused)
         await asyncio.shield(self._shutdown)
+
+    @property
+    def can_finish_requests(self) -> bool:
+        """Whether there are any, and nobody has to resume for them."""
+        pause = self.pause_state
+        is_stuck = pause.state == "paused" and pause.lease_left_s is None
+        return self.num_live_requests > 0 and not (is_stuck and not self._weights.is_committing)
+
+    def _end_grace_if_paused(self) -> None:
+        if not self.can_finish_requests:
+            self._grace_is_over.set()
 
     async def _shut_down(self) -> None:
         with contextlib.closing(self._dispatcher.client):  # Also when the loop itself is given up.
             await self._grace_is_over.wait()
             if self._grace_timer is not None:
                 self._grace_timer.cancel()
+            self._pauses.close()
             try:
                 pending = self._aborts.start(Selector(everything=True), AbortCause.SHUTDOWN)
                 await self._aborts.finish(pending, SHUTDOWN_ABORT_TIMEOUT_S)

@@ -1,4 +1,5 @@
-"""The command line: `caesura serve [MODEL]`. Flags carry vLLM's names where vLLM has them.
+"""The command line: `caesura serve [MODEL]`, and the commands that control servers. Flags of
+`serve` carry vLLM's names where vLLM has them.
 
 Whatever a user can cause is answered with one line. The status is 2 for a wrong flag or value, 1
 for a failed start, 130 where further Ctrl-Cs cut a shutdown short or the first came too early for
@@ -8,13 +9,14 @@ one; a server that was asked to end and did ends with 0.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from frontend import control_cli
+from frontend.cli_hints import unknown_flags
 from frontend.config import BUNDLED_MODEL_DIRECTORY, FrontendConfig, HttpConfig
 from frontend.errors import EngineStartupError
 from frontend.version import version
@@ -28,7 +30,14 @@ _INTERRUPTED_STATUS = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: the process's own). Returns the exit status."""
     parser = _make_parser()
-    flags = vars(parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    try:
+        return control_cli.run(parsed) if "make_command" in parsed else _serve(vars(parsed))
+    except KeyboardInterrupt:
+        return _INTERRUPTED_STATUS
+
+
+def _serve(flags: dict[str, Any]) -> int:
     flags.setdefault("model", str(BUNDLED_MODEL_DIRECTORY))
     try:
         engine = EngineConfig(**_fields_of(EngineConfig, flags))
@@ -43,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run_headless(config) if "headless" in flags else _run_server(config, http)
     except (EngineStartupError, OSError, ValueError) as error:
         return _fail(error, status=1)
-    except KeyboardInterrupt:
-        return _INTERRUPTED_STATUS
 
 
 def _fail(error: Exception, *, status: int) -> int:
@@ -54,6 +61,8 @@ def _fail(error: Exception, *, status: int) -> int:
 
 def _run_server(config: FrontendConfig, http: HttpConfig) -> int:
     # Imported only here, so that a wrong flag is told without delay.
+    import asyncio
+
     import uvloop
 
     from frontend.http.serving import serve
@@ -82,13 +91,23 @@ def _fields_of(kind: type, flags: dict[str, Any]) -> dict[str, Any]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {_PROGRAM} serve --help)\n")
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _CommandParser(_Parser):
+    """Tells of a flag that it does not know itself, with its own help."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_flags(unknown, self._option_string_actions))
+        return parsed, unknown
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=_PROGRAM, description="An LLM serving engine.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {version()}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
     serve = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
@@ -105,6 +124,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_log_flags(serve.add_argument_group("logs"))
     _add_engine_flags(serve.add_argument_group("each engine"))
     _add_deployment_flags(serve.add_argument_group("several engines"))
+    control_cli.add_commands(commands)
     return parser
 
 
@@ -137,6 +157,11 @@ def _add_http_flags(group: argparse._ArgumentGroup) -> None:
         "--strict-selectors",
         action="store_true",
         help="refuse an abort without a selector, which vLLM's API takes for all requests",
+    )
+    group.add_argument(
+        "--hold-while-paused",
+        action="store_true",
+        help="hold newcomers during every pause of vLLM's API (default: it refuses some)",
     )
 
 
@@ -171,6 +196,11 @@ def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
         "--enable-prefix-caching",
         action=argparse.BooleanOptionalAction,
         help="reuse the KV of common prefixes (default on)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="results do not depend on what is computed together (CPU; slower)",
     )
     group.add_argument("--runner", help="model, or fake for load tests without one (default model)")
     group.add_argument(

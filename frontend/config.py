@@ -115,6 +115,8 @@ class HttpConfig:
     """
     strict_selectors: bool = False
     """Refuse an empty selector also where vLLM's API takes it for all requests."""
+    hold_while_paused: bool = False
+    """Hold newcomers also where vLLM's API refuses them: during a pause that aborts or waits."""
     log_requests: bool = False
     """Log the end of each request."""
 

@@ -1,4 +1,4 @@
-"""Ids that nobody else makes up, for less than a system call: a random part, and a count."""
+"""Ids that nobody else makes up, for less than a system call."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ class AbortCause(StrEnum):
     """Its client took so little of the output that too much of it waited."""
     REFUSED = "refused"
     """Another request of the same call could not be accepted."""
+    PAUSE = "pause"
     SHUTDOWN = "shutdown"
     ENGINE_FAULT = "engine_fault"
     FRONTEND_FAULT = "frontend_fault"
@@ -40,6 +41,41 @@ class TokenLogprobs:
     """1 for the most likely token."""
     top: tuple[tuple[int, float], ...]
     """(token id, logprob) of the most likely tokens, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpan:
+    """Output tokens `start` to `end - 1` were sampled with weights of this label."""
+
+    version: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResumeFrom:
+    """Where an aborted request stopped, ready to be sent back and continued from there.
+
+    A request with it goes on as if it had never stopped: penalties count all its outputs, seeded
+    draws go on at their position, and `min_tokens` and `max_tokens` count from the first start. Its
+    result is about new tokens only. Where an engine is plain vLLM, all count the earlier outputs as
+    part of the prompt: penalties then differ.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    output_token_ids: tuple[int, ...]
+    """All of them, also those that the aborted request brought along itself."""
+    num_output_tokens_left: int
+    """What `max_tokens`, cut to the model's context, leaves; at least 1."""
+    position: int
+    """Of the next token: the number of prompt and output tokens."""
+    seed: int | None = None
+    """As the request gave it."""
+    min_tokens_left: int = 0
+    stop_tail_text: str = ""
+    """The end of the text so far that may be the beginning of a stop string."""
+    weight_spans: tuple[WeightSpan, ...] = ()
+    """Over `output_token_ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +102,7 @@ class RequestOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One a token, if asked for."""
     num_prompt_tokens: int = 0
+    """Without the outputs that a resumed request brought along."""
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
     finish_reason: FinishReasonName | None = None
@@ -74,6 +111,11 @@ class RequestOutput(NamedTuple):
     error: OutputError | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """With the first event, if asked for: one for each prompt token but the first."""
+    weight_spans: tuple[WeightSpan, ...] = ()
+    """With the last event: which weights sampled the request's new tokens."""
+    resume_from: ResumeFrom | None = None
+    """With the last event of a request that was aborted, or lost with its engine, unless its
+    prompt's tokens were not known yet or nothing is left to be sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +133,16 @@ class RequestResult:
     abort_cause: AbortCause | None = None
     error: OutputError | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    weight_spans: tuple[WeightSpan, ...] = ()
+    """Over `token_ids`, in order; none where the engine does not label its weights."""
+    resume_from: ResumeFrom | None = None
+    """Of a request that was aborted, or lost with its engine, unless its prompt's tokens were not
+    known yet or nothing is left to be sampled."""
 
 
-Stage = Literal["tokenizing", "waiting", "prefill", "decode", "preempted", "ending"]
-"""Where a request is. `ending`: it has ended here, and its engine has not yet said so."""
+Stage = Literal["tokenizing", "held", "waiting", "prefill", "decode", "preempted", "ending"]
+"""Where a request is. `held`: it waits here for a pause to end. `ending`: it has ended here, and
+its engine has not yet said so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +175,7 @@ class AbortedRequest:
     status: ReceiptStatus
     num_output_tokens: int = 0
     stage: str = ""
-    """Where the abort found it: tokenizing, waiting, prefill, decode or preempted."""
+    """Where the abort found it: tokenizing, held, waiting, prefill, decode or preempted."""
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ from ipc import sampling_params as wire
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 """Every token is compared with each of them."""
+NUM_RESUMED_TOKENS = "caesura_num_resumed_tokens"
+"""Caesura's own key in the wire's `extra_args`, which other engines ignore."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +84,24 @@ class SamplingParams:
         eos_ids = () if self.ignore_eos else eos_token_ids
         return frozenset((*eos_ids, *self.stop_token_ids))
 
-    def to_wire(self, eos_token_ids: Sequence[int] = (), *, num_tokens_left: int) -> bytes:
+    def num_tokens_within(self, num_tokens_left: int) -> int:
+        """`max_tokens`, where the context has room for so many."""
+        return num_tokens_left if self.max_tokens is None else min(self.max_tokens, num_tokens_left)
+
+    def to_wire(
+        self,
+        eos_token_ids: Sequence[int] = (),
+        *,
+        num_tokens_left: int,
+        num_resumed_tokens: int = 0,
+    ) -> bytes:
         """What an engine is sent, encoded.
 
         `eos_token_ids` are the model's, its tokenizer's first: on that one an engine stops without
         naming a reason, the others are sent as stop tokens. `num_tokens_left` is the room between
-        the prompt and the end of the context; it bounds `max_tokens`. Raises ValueError if less
+        the prompt and the end of the context; it bounds `max_tokens`. Of the prompt's tokens, the
+        last `num_resumed_tokens` are outputs of an earlier run; an engine counts them as such, and
+        hence `min_tokens` and `max_tokens` from that run's beginning. Raises ValueError if less
         than `min_tokens` fit.
         """
         eos_id, other_eos_ids = None, eos_token_ids[1:]
@@ -95,8 +109,7 @@ class SamplingParams:
             other_eos_ids = ()
         elif eos_token_ids:
             eos_id = eos_token_ids[0]
-        max_tokens = num_tokens_left if self.max_tokens is None else self.max_tokens
-        max_tokens = min(max_tokens, num_tokens_left)
+        max_tokens = self.num_tokens_within(num_tokens_left)
         wire.check_fields({"min_tokens": self.min_tokens, "max_tokens": max_tokens})
         sent = self._given(_SENT_AS_THEY_ARE)
         sent["stop_token_ids"] = tuple(dict.fromkeys((*self.stop_token_ids, *other_eos_ids)))
@@ -104,6 +117,11 @@ class SamplingParams:
         sent["eos_token_id"] = eos_id
         sent["all_stop_token_ids"] = frozenset((*eos_token_ids, *self.stop_token_ids))
         sent["skip_reading_prefix_cache"] = self.prompt_logprobs is not None
+        if num_resumed_tokens:
+            sent["extra_args"] = {NUM_RESUMED_TOKENS: num_resumed_tokens}
+            sent["max_tokens"] += num_resumed_tokens
+            if self.min_tokens:
+                sent["min_tokens"] = self.min_tokens + num_resumed_tokens
         return wire.encode_fields(sent)
 
     def _given(self, defaults: Mapping[str, object]) -> dict[str, Any]:
@@ -126,6 +144,8 @@ class SamplingParams:
         for key, value in values.items():
             if key not in (*_FROM_SGLANG, *_ONLY_SGLANG_DEFAULT, *_WITHOUT_EFFECT):
                 remedy = known_names(key, sorted(_FROM_SGLANG))
+                if key in _TO_SGLANG:
+                    remedy = f"did you mean {_TO_SGLANG[key]!r}?"
                 raise ValueError(f"unknown sampling parameter {key!r:.80}; {remedy}")
             if key == "max_new_tokens":
                 fields["max_tokens"] = value  # None is SGLang's word for no limit
@@ -199,7 +219,8 @@ _FROM_SGLANG = {name: name for name in _SAME_NAME} | {
 SGLANG_NAMES = frozenset((*_FROM_SGLANG, "n"))
 """Those of SGLang's sampling parameters that have an effect."""
 _TO_SGLANG = {ours: theirs for theirs, ours in _FROM_SGLANG.items() if ours != theirs}
-_RENAMED = re.compile(rf"\b(?:{'|'.join(_TO_SGLANG)})\b")
+_RENAMED = re.compile(rf"(?<!')\b(?:{'|'.join(_TO_SGLANG)})\b")
+"""What stands in quotes is the caller's own word."""
 _ONLY_SGLANG_DEFAULT: dict[str, object] = {
     "n": 1,
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag")),

@@ -60,6 +60,9 @@ class EngineConfig:
     """Compute threads on a CPU; None shares the cores among the engines of one launcher."""
     seed: int = 0
     """Seeds the draws of requests that bring no seed of their own."""
+    deterministic: bool = False
+    """A row's tokens and log-probabilities are the same bits whatever it is batched or chunked
+    with; slower. On the CPU only."""
     fake_step_time_ms: float = 0.0
     """How long a step of the fake runner takes."""
 
@@ -73,6 +76,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must not be negative")
         if self.fake_step_time_ms < 0:
             raise ValueError(f"fake_step_time_ms={self.fake_step_time_ms!r} must not be negative")
 

@@ -6,7 +6,7 @@ They travel as results of utility calls, so their wire form is plain data, keyed
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from ipc import expect
 from ipc.errors import mismatch, shorten
@@ -96,14 +96,20 @@ class EngineStatus:
     num_free_blocks: int = 0
     num_cached_blocks: int = 0
     num_steps: int = 0
+    pause_id: str | None = None
+    pause_mode: str | None = None
+    state_for_ms: int = 0
+    """How long it has been in this state."""
     weight_version: str | None = None
+    weight_epoch: int = 0
+    """How many weight updates took effect."""
     integrity_errors: tuple[str, ...] = ()
     """What `check_integrity` found wrong; empty is healthy."""
     counters: dict[str, int] = field(default_factory=dict)
     """Since the engine started: requests_added, requests_refused, requests_aborted,
-    duplicate_ids_ignored, abort_frames, malformed_messages, integrity_violations, preemptions;
-    tokens_computed (run through the model, recomputed ones again), prefix_cache_queried_tokens (of
-    prompts) and, of these, prefix_cache_hit_tokens."""
+    duplicate_ids_ignored, abort_frames, malformed_messages, integrity_violations, preemptions,
+    retractions; tokens_computed (run through the model, recomputed ones again),
+    prefix_cache_queried_tokens (of prompts) and, of these, prefix_cache_hit_tokens."""
 
     def to_wire(self) -> dict[str, object]:
         fields = {name: getattr(self, name) for name in self.__slots__}
@@ -112,17 +118,18 @@ class EngineStatus:
     @classmethod
     def from_wire(cls, value: object, path: str = "engine_status") -> EngineStatus:
         fields = expect.mapping(value, path)
-        counts = {
+        counts: dict[str, Any] = {
             name: expect.count(fields.get(name, 0), f"{path}.{name}")
             for name in cls.__slots__
-            if name.startswith("num_")
+            if name.startswith("num_") or name in ("state_for_ms", "weight_epoch")
+        }
+        names: dict[str, Any] = {
+            name: expect.optional(expect.text, fields.get(name), f"{path}.{name}")
+            for name in ("pause_id", "pause_mode", "weight_version")
         }
         counters = expect.mapping(fields.get("counters", {}), f"{path}.counters")
         return cls(
             state=expect.text(fields.get("state"), f"{path}.state"),
-            weight_version=expect.optional(
-                expect.text, fields.get("weight_version"), f"{path}.weight_version"
-            ),
             integrity_errors=tuple(
                 expect.texts(fields.get("integrity_errors", []), f"{path}.integrity_errors")
             ),
@@ -133,6 +140,7 @@ class EngineStatus:
                 for name, count in counters.items()
             },
             **counts,
+            **names,
         )
 
 

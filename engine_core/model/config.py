@@ -13,13 +13,13 @@ Invariants
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine_core.model.errors import ModelError
+from engine_core.model.files import read_json
 from engine_core.model.rope import RopeConfig, context_limit, parse_rope
 
 _MODEL_TYPES = {
@@ -195,12 +195,14 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise ModelError(
             f"{path} does not exist; a model directory needs config.json and safetensors weights"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ModelError:
+        raise
+    except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} must hold a JSON object")

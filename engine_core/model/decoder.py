@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine_core.model.config import ModelConfig
-from engine_core.model.linear import Linear
-from engine_core.model.rope import cos_sin_table
-from engine_core.model.weights import Checkpoint
+from engine_core.model.parts import EMBEDDING, Parts
 from kernels import ops
 
 
@@ -51,22 +49,19 @@ class StepInputs:
 class Decoder:
     """A loaded model."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, max_model_len: int) -> None:
-        """Read all weights of `checkpoint`. Raises ModelError if they do not fit `config`."""
-        size = (config.vocab_size, config.hidden_size)
+    def __init__(self, config: ModelConfig, parts: Parts, cos_sin: Tensor) -> None:
+        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`."""
         self.config = config
-        self._embedding = checkpoint.read("model.embed_tokens.weight", *size)
-        self._layers = [_Layer(config, checkpoint, index) for index in range(config.num_layers)]
-        self._norm = checkpoint.read("model.norm.weight", config.hidden_size)
-        if config.tie_word_embeddings:
-            self._lm_head = Linear(self._embedding)
-        else:
-            self._lm_head = Linear(checkpoint.read("lm_head.weight", *size))
-        # Checkpoints of tied models may store the shared matrix twice.
-        checkpoint.check_all_read(("lm_head.weight",) if config.tie_word_embeddings else ())
-        self._cos_sin = cos_sin_table(
-            config.rope, config.head_size, max_model_len, checkpoint.device
-        )
+        self.parts = parts
+        self._embedding = parts.tensors[EMBEDDING]
+        self._layers = [_Layer(config, parts, index) for index in range(config.num_layers)]
+        self._norm = parts.tensors["model.norm.weight"]
+        self._lm_head = parts.linears["lm_head"]
+        self._cos_sin = cos_sin
+
+    def with_parts(self, parts: Parts) -> Decoder:
+        """The same model with some other parts; takes some microseconds a layer."""
+        return Decoder(self.config, self.parts.with_parts(parts), self._cos_sin)
 
     def forward(self, step: StepInputs, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Write the step's keys and values to the cache (a pair of tensors a layer), and compute
@@ -92,42 +87,20 @@ class Decoder:
 
 
 class _Layer:
-    """One layer's weights. Projections that read the same input are merged into one product."""
+    """One layer, and its parts."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, index: int) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts, index: int) -> None:
         prefix = f"model.layers.{index}."
-        hidden, head_size = config.hidden_size, config.head_size
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-
-        def linear(names: Sequence[str], outputs: Sequence[int], inputs: int, bias: bool) -> Linear:
-            weights = [f"{prefix}{name}.weight" for name in names]
-            biases = [f"{prefix}{name}.bias" for name in names]
-            return Linear(
-                checkpoint.read_stacked(weights, outputs, inputs),
-                checkpoint.read_stacked(biases, outputs) if bias else None,
-            )
-
-        def norm(name: str, size: int) -> Tensor:
-            return checkpoint.read(f"{prefix}{name}.weight", size)
-
         self._config = config
-        self._scale = head_size**-0.5
-        self._qkv = linear(
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            [heads * head_size, kv_heads * head_size, kv_heads * head_size],
-            hidden,
-            config.qkv_bias,
-        )
-        self._output = linear(["self_attn.o_proj"], [hidden], heads * head_size, config.output_bias)
-        intermediate = config.intermediate_size
-        self._gate_up = linear(
-            ["mlp.gate_proj", "mlp.up_proj"], [intermediate] * 2, hidden, config.mlp_bias
-        )
-        self._down = linear(["mlp.down_proj"], [hidden], intermediate, config.mlp_bias)
-        self.input_norm = norm("input_layernorm", hidden)
-        self.post_attention_norm = norm("post_attention_layernorm", hidden)
-        self._query_norm = norm("self_attn.q_norm", head_size) if config.qk_norm else None
-        self._key_norm = norm("self_attn.k_norm", head_size) if config.qk_norm else None
+        self._scale = config.head_size**-0.5
+        self._qkv = parts.linears[f"{prefix}self_attn.qkv_proj"]
+        self._output = parts.linears[f"{prefix}self_attn.o_proj"]
+        self._gate_up = parts.linears[f"{prefix}mlp.gate_up_proj"]
+        self._down = parts.linears[f"{prefix}mlp.down_proj"]
+        self.input_norm = parts.tensors[f"{prefix}input_layernorm.weight"]
+        self.post_attention_norm = parts.tensors[f"{prefix}post_attention_layernorm.weight"]
+        self._query_norm = parts.tensors.get(f"{prefix}self_attn.q_norm.weight")
+        self._key_norm = parts.tensors.get(f"{prefix}self_attn.k_norm.weight")
 
     def attend(
         self, x: Tensor, step: StepInputs, cache: tuple[Tensor, Tensor], cos_sin: Tensor

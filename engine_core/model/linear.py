@@ -11,6 +11,9 @@ any number of rows, so `padded_num_rows` rounds it up to one of a few.
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +23,9 @@ _PACKED_FOR_ROWS = 16
 
 _UNPADDED_ROWS = 32
 """Up to so many rows, each count has a kernel of its own: padding would cost small batches more."""
+
+TILE_ROWS = 16
+"""Rows of every product of a `FixedTileLinear`."""
 
 
 def padded_num_rows(num_rows: int) -> int:
@@ -45,6 +51,22 @@ class Linear:
         self._weight = weight
         self._bias = bias
 
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs], laid out as it came; a copy if the layout had to be undone."""
+        return self._weight.to_dense() if self._is_packed else self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[outputs]."""
+        return self._bias
+
+    def with_bias(self, bias: Tensor | None) -> Self:
+        """A layer with the same weight, which is shared, and another bias."""
+        other = copy.copy(self)
+        other._bias = bias
+        return other
+
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, outputs]."""
         if not self._is_packed:
@@ -53,10 +75,37 @@ class Linear:
         num_padding = padded_num_rows(num_rows) - num_rows
         if num_padding:
             x = F.pad(x, (0, 0, 0, num_padding))
+        product = self._packed_product(x)
+        return product[:num_rows] if num_padding else product
+
+    def _packed_product(self, x: Tensor) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._weight, self._bias, "none", [], ""
         )
-        return product[:num_rows] if num_padding else product
+        return product
+
+
+class FixedTileLinear(Linear):
+    """A layer whose result for a row is the same bits whichever rows stand beside it.
+
+    A kernel is chosen by the number of rows, and adds up in an order of its own. So every product
+    is of exactly `TILE_ROWS` rows, the last ones zeros; within a tile, a row's place and the other
+    rows do not matter.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[rows, inputs] -> [rows, outputs]."""
+        num_rows = x.shape[0]
+        x = F.pad(x, (0, 0, 0, -num_rows % TILE_ROWS))
+        tiles = [self._tile_product(tile) for tile in torch.split(x, TILE_ROWS)]
+        return (tiles[0] if len(tiles) == 1 else torch.cat(tiles))[:num_rows]
+
+    def _tile_product(self, tile: Tensor) -> Tensor:
+        if self._is_packed:
+            return self._packed_product(tile)
+        return F.linear(tile, self._weight, self._bias)
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -19,8 +19,16 @@ from engine_core.model.config import ModelConfig, read_eos_token_ids, read_model
 from engine_core.model.decoder import Decoder
 from engine_core.model.errors import ModelError
 from engine_core.model.kv_cache import allocate_kv_cache, choose_num_blocks
+from engine_core.model.parts import Parts, PartsBuilder, PartsForm, part_specs
+from engine_core.model.rope import cos_sin_table
 from engine_core.model.runner import TorchModelRunner
-from engine_core.model.weights import Checkpoint, model_directory, stored_dtype
+from engine_core.model.weights import (
+    Checkpoint,
+    TensorRules,
+    model_directory,
+    stored_dtype,
+    weight_paths,
+)
 from ipc.engine_config import EngineConfig
 
 _WARM_UP_ELEMENTS = 2**18
@@ -55,6 +63,8 @@ def load_runner(
     wrong with the model or with what is asked of it.
     """
     device = _choose_device(config.device)
+    if config.deterministic and device.type != "cpu":
+        raise ModelError("deterministic=True is supported on the CPU only; use device='cpu'")
     if device.type == "cpu":
         num_cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_engines))
@@ -63,8 +73,10 @@ def load_runner(
     max_model_len = _choose_max_model_len(config.max_model_len, model_config)
     dtype_name = _choose_dtype(config.dtype, device, directory, model_config)
     dtype: torch.dtype = getattr(torch, dtype_name)
+    form = PartsForm(dtype=dtype, device=device, deterministic=config.deterministic)
     with torch.inference_mode():
-        model = Decoder(model_config, Checkpoint(directory, dtype, device), max_model_len)
+        cos_sin = cos_sin_table(model_config.rope, model_config.head_size, max_model_len, device)
+        model = Decoder(model_config, load_parts(model_config, directory, form), cos_sin)
         num_blocks = choose_num_blocks(
             config,
             model_config,
@@ -80,6 +92,7 @@ def load_runner(
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         seed=config.seed,
+        form=form,
     )
     logger.info("warming up (on its first start, a machine compiles the kernels: some seconds)")
     num_tokens = max(_MIN_WARM_UP_TOKENS, _WARM_UP_ELEMENTS // model_config.hidden_size)
@@ -92,6 +105,16 @@ def load_runner(
         num_blocks=num_blocks,
     )
     return runner, resolved
+
+
+def load_parts(config: ModelConfig, directory: Path, form: PartsForm) -> Parts:
+    """All parts of a model, from its directory. Raises ModelError."""
+    checkpoint, rules = Checkpoint(weight_paths(directory)), TensorRules(config)
+    rules.check_all(checkpoint.infos)
+    builder = PartsBuilder(part_specs(config), form)
+    for name in rules.shapes:
+        builder.add(name, checkpoint.read(name))
+    return builder.finish()
 
 
 def _choose_device(asked: str) -> torch.device:

@@ -5,11 +5,14 @@ Invariants
   the cache and its tokens are appended, so blocks may change hands before the next step.
 - Only rows that sample, and prompts that asked for log-probabilities, pay for logits; of prompts
   no more than `_MAX_PROMPT_LOGITS` are in memory at once.
+- New weights are prepared on another thread (`stage`) and take effect between two steps (`commit`).
+- A deterministic runner samples and judges one row at a time: how a reduction over the vocabulary
+  is split among threads depends on the number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,12 +20,16 @@ from torch import Tensor
 
 from engine_core.batch import JoinedSequence, StepBatch, StepResult
 from engine_core.model.decoder import Decoder
-from engine_core.model.persistent_batch import PersistentBatch
+from engine_core.model.parts import PartsForm
+from engine_core.model.persistent_batch import Integers, PersistentBatch
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import gather_logprobs
+from engine_core.model.updates import StagedParts, UpdateStager
 from engine_core.prompt_logprobs import OwedPromptLogprobs, PromptSpan, join_logprobs
+from engine_core.staging import StagedWeights
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
+from ipc.weights import WeightsGroup, WeightSource
 
 _MAX_PROMPT_LOGITS = 2**24
 """Logits of one chunk of a prompt's positions: 64 MiB, and as much again for their logarithms."""
@@ -39,8 +46,11 @@ class TorchModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         seed: int,
+        form: PartsForm,
     ) -> None:
-        """`kv_cache` has a key and a value tensor a layer, [num_blocks, Hkv, block_size, D]."""
+        """`kv_cache` has a key and a value tensor a layer, [num_blocks, Hkv, block_size, D];
+        `form` is that of the model's parts, and of those of its updates.
+        """
         keys, _ = kv_cache[0]
         self.num_blocks: int = keys.shape[0]
         self.vocab_size = model.config.vocab_size
@@ -50,6 +60,10 @@ class TorchModelRunner:
         self._batch = PersistentBatch(max_num_seqs, max_model_len, keys.shape[2], keys.device)
         self._sampler = Sampler(max_num_seqs, self.vocab_size, keys.device, seed)
         self._owed_prompt_logprobs = OwedPromptLogprobs(self.vocab_size)
+        self._is_deterministic = form.deterministic
+        self._stager = UpdateStager(model.config, form)
+
+    # -- steps -----------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> StepResult:
@@ -69,9 +83,21 @@ class TorchModelRunner:
                 torch.cuda.synchronize(self._device)
             return StepResult([], prompt_logprobs=of_prompts)
         logits = self._model.logits(states[: len(slots)])
-        token_ids, logprobs = self._sampler.sample(logits, slots, positions)
+        token_ids, logprobs = self._sample(logits, slots, positions)
         self._batch.append_tokens(slots, positions, token_ids)
         return StepResult(token_ids.tolist(), logprobs, of_prompts)
+
+    def _sample(
+        self, logits: Tensor, slots: Integers, positions: Integers
+    ) -> tuple[Integers, dict[int, LogprobsLists]]:
+        if not self._is_deterministic:
+            return self._sampler.sample(logits, slots, positions)
+        token_ids, logprobs = np.empty_like(slots), {}
+        for row, logits_of_row in enumerate(_single_rows(logits)):
+            at = slice(row, row + 1)
+            token_ids[at], of_row = self._sampler.sample(logits_of_row, slots[at], positions[at])
+            logprobs.update(of_row)
+        return token_ids, logprobs
 
     def _judge_prompts(
         self, states: Tensor, spans: Sequence[PromptSpan]
@@ -92,9 +118,12 @@ class TorchModelRunner:
         chunks = zip(torch.split(states, num_rows), torch.split(next_tokens, num_rows), strict=True)
         parts = []
         for some, tokens in chunks:
-            gathered = gather_logprobs(self._model.logits(some), tokens, span.num_alternatives)
-            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
-            parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
+            logits = self._model.logits(some)
+            pieces = zip(_single_rows(logits), torch.split(tokens, 1), strict=True)
+            for piece, of_piece in pieces if self._is_deterministic else [(logits, tokens)]:
+                gathered = gather_logprobs(piece, of_piece, span.num_alternatives)
+                ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+                parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
         return join_logprobs(parts)
 
     def warm_up(self, num_tokens: int) -> None:
@@ -122,3 +151,36 @@ class TorchModelRunner:
         )
         for batch in (prefill, decode, StepBatch(left=[0])):
             self.execute(batch)
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stage(self, source: WeightSource, earlier: StagedWeights | None) -> StagedParts:
+        """Load and check a part of an update; see `ModelRunner` and `engine_core.model.updates`."""
+        before = earlier or StagedParts()
+        assert isinstance(before, StagedParts), "weights that another runner staged"
+        if self._device.type == "cpu":
+            return self._stager.stage(source, before, self._model.parts)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            staged = self._stager.stage(source, before, self._model.parts)
+        stream.synchronize()
+        return staged
+
+    def commit(self, staged: StagedWeights) -> None:
+        """Compute with staged weights from the next step on."""
+        assert isinstance(staged, StagedParts), "weights that another runner staged"
+        self._model = self._model.with_parts(staged.parts)
+
+    def join_group(self, group: WeightsGroup) -> None:
+        """Become a member of a trainer's process group. Raises ValueError."""
+        self._stager.groups.join(group)
+
+    def leave_group(self, group_name: str) -> None:
+        """Raises ValueError if there is no such group."""
+        self._stager.groups.leave(group_name)
+
+
+def _single_rows(logits: Tensor) -> Iterator[Tensor]:
+    """[S, V] -> S copies of [1, V], each as freshly aligned as any other."""
+    return (row.clone() for row in torch.split(logits, 1))

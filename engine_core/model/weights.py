@@ -2,28 +2,34 @@
 
 Invariants
 - Only safetensors are read; a pickle could run code, and so could a checkpoint's own modules.
-- Every tensor handed out is a private copy: files are memory mapped, and a checkpoint rewritten in
-  place must not change the model that is being served.
-- A tensor is checked against the shape that the configuration implies, and a tensor that nobody
-  asked for is an error: it would mean a model computed without some of its parts.
+- Every tensor handed out is a private copy: a checkpoint rewritten in place must not change the
+  model that is being served.
+- Tensors are checked against the shapes that the configuration implies before any is read, and one
+  that the model does not have is an error: it would mean a model computed without some of its
+  parts.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine_core.model.config import ModelConfig
 from engine_core.model.errors import ModelError
+from engine_core.model.files import read_json
+from engine_core.model.parts import EMBEDDING, LM_HEAD, Shape, part_specs
+from engine_core.model.safetensors_file import SafetensorsFile, TensorInfo
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
-_FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+_ROTARY_TABLE = "rotary_emb.inv_freq"
+_MAX_ROTARY_TABLE = 2**16
+FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def model_directory(model: str) -> Path:
@@ -32,104 +38,149 @@ def model_directory(model: str) -> Path:
     A hub id is downloaded (weights and JSON files only) unless HF_HUB_OFFLINE is set, in which case
     only an earlier download is found. Raises ModelError.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    if (path := _directory(model)) is not None:
         return path
-    if path.exists():
-        raise ModelError(f"model={model!r} is a file; name the directory that holds config.json")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ModelError(f"model={model!r}: there is no such directory")
-    # Imported here: a directory needs no hub client, and the import is slow.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, HFValidationError) as error:
+        return _hub_snapshot(model, may_download=True)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(
             f"model={model!r} is not a directory, and the hub did not give it: {reason}"
         ) from error
 
 
-class Checkpoint:
-    """The tensors of a model directory, converted to one dtype and device as they are read."""
+def local_model_directory(model: str) -> Path:
+    """The same of what is there already: nothing is downloaded. Raises ModelError."""
+    if (path := _directory(model)) is not None:
+        return path
+    try:
+        return _hub_snapshot(model, may_download=False)
+    except (OSError, ValueError):
+        raise ModelError(
+            f"{model} does not exist on the engine's machine, neither as a directory nor as a "
+            f"model that was downloaded from the hub"
+        ) from None
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-        """Open every weight file of `directory`. Raises ModelError."""
-        self.dtype = dtype
-        self.device = device
-        self._files = _open_files(directory)
-        self._unread = set(self._files)
 
-    def read(self, name: str, *shape: int) -> Tensor:
-        """The tensor `name`, which must have this shape. Raises ModelError."""
-        return self._view(name, shape).to(self.device, self.dtype, copy=True)
-
-    def read_stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
-        """Tensors of shape [rows[i], *columns] one below the other, as one. Raises ModelError."""
-        parts = [
-            self._view(name, (count, *columns)) for name, count in zip(names, rows, strict=True)
-        ]
-        return torch.cat([part.to(self.dtype) for part in parts]).to(self.device)
-
-    def check_all_read(self, ignored: Sequence[str] = ()) -> None:
-        """Raise ModelError if the files hold a tensor that was never read.
-
-        Names in `ignored` may be there, and so may rotary tables, which old checkpoints contain.
-        """
-        unexpected = sorted(
-            name
-            for name in self._unread
-            if name not in ignored and not name.endswith("rotary_emb.inv_freq")
+def _directory(model: str) -> Path | None:
+    """What `model` says if it is a directory's path; None if it may be a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(
+            f"{model} is a file, not a model's directory, which holds config.json and safetensors"
         )
-        if unexpected:
-            raise ModelError(
-                f"the weights hold {len(unexpected)} tensors that config.json does not account "
-                f"for, such as {', '.join(unexpected[:3])}; is it another model's configuration?"
-            )
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model} does not exist on the engine's machine")
+    return None
 
-    def _view(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._files:
+
+def _hub_snapshot(model: str, *, may_download: bool) -> Path:
+    """Raises OSError or ValueError."""
+    # Imported here: a directory needs no hub client, and the import is slow.
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors"]
+    return Path(
+        snapshot_download(model, allow_patterns=patterns, local_files_only=not may_download)
+    )
+
+
+class Checkpoint:
+    """The tensors of some safetensors files, by name."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open the files. Raises ModelError."""
+        self._files: dict[str, SafetensorsFile] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        """Of every tensor."""
+        for path in paths:
+            file = SafetensorsFile(path)
+            self.infos.update(file.infos)
+            self._files.update(dict.fromkeys(file.infos, file))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, which is there. Raises ModelError."""
+        return self._files[name].read(name)
+
+    def check_unchanged(self) -> None:
+        """Raise ModelError if a file was written to since it was opened."""
+        for file in dict.fromkeys(self._files.values()):
+            file.check_unchanged()
+
+
+class TensorRules:
+    """Which tensors the weights of a model consist of."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.shapes: dict[str, Shape] = {
+            name: shape
+            for spec in part_specs(config)
+            for shapes in (spec.weights, spec.biases)
+            for name, shape in shapes.items()
+        }
+        self._ignored = {LM_HEAD: self.shapes[EMBEDDING]} if config.tie_word_embeddings else {}
+
+    def check(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise ModelError unless these are tensors of the model, or may stand beside them."""
+        unknown = sorted(name for name in tensors if not self._is_known(name))
+        if unknown:
+            examples = [f"{name:.100}" for name in unknown[:3]]
+            nearest = difflib.get_close_matches(examples[0], self.shapes, n=1, cutoff=0.0)
             raise ModelError(
-                f"the weights lack the tensor {name!r}, which config.json implies; "
+                f"the weights hold {len(unknown)} tensors that config.json does not account "
+                f"for, such as {', '.join(examples)} (the nearest name to the first is "
+                f"{nearest[0]}); is it another model's configuration?"
+            )
+        for name, info in tensors.items():
+            is_long = len(info.shape) != 1 or info.shape[0] > _MAX_ROTARY_TABLE
+            if name.endswith(_ROTARY_TABLE) and is_long:
+                raise ModelError(
+                    f"tensor {name!r} has shape {list(info.shape)}, but a rotary table has one "
+                    f"dimension, of at most {_MAX_ROTARY_TABLE}"
+                )
+            shape = self.shapes.get(name) or self._ignored.get(name)
+            if shape is not None:
+                _check_tensor(name, info, shape)
+
+    def check_all(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Raise ModelError unless these are exactly the model's tensors, but for what is ignored:
+        the shared matrix, which checkpoints of tied models may store twice, and rotary tables,
+        which old checkpoints contain.
+        """
+        missing = [name for name in self.shapes if name not in tensors]
+        if missing:
+            raise ModelError(
+                f"the weights lack the tensor {missing[0]!r}, which config.json implies; "
                 f"the directory may be incomplete or its configuration another model's"
             )
-        self._unread.discard(name)
-        tensor: Tensor = self._files[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ModelError(
-                f"tensor {name!r} has shape {list(tensor.shape)}, "
-                f"but config.json implies {list(shape)}"
-            )
-        if tensor.dtype not in _FLOATING:
-            raise ModelError(
-                f"tensor {name!r} holds {tensor.dtype}; quantised checkpoints are not supported"
-            )
-        return tensor
+        self.check(tensors)
+
+    def _is_known(self, name: str) -> bool:
+        return name in self.shapes or name in self._ignored or name.endswith(_ROTARY_TABLE)
 
 
-def _open_files(directory: Path) -> dict[str, Any]:
-    """Which open file holds each tensor."""
-    files: dict[str, Any] = {}
-    for path in _weight_paths(directory):
-        try:
-            handle = safe_open(path, framework="pt", device="cpu")
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing; the download may be incomplete") from None
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a readable safetensors file: {error}") from None
-        names: list[str] = handle.keys()  # type: ignore[no-untyped-call]
-        files.update(dict.fromkeys(names, handle))
-    return files
+def _check_tensor(name: str, info: TensorInfo, shape: Shape) -> None:
+    if info.shape != shape:
+        raise ModelError(
+            f"tensor {name!r} has shape {list(info.shape)}, but config.json implies {list(shape)}"
+        )
+    if info.dtype not in FLOATING:
+        raise ModelError(
+            f"tensor {name!r} holds {info.dtype}; quantised checkpoints are not supported"
+        )
 
 
-def _weight_paths(directory: Path) -> list[Path]:
+def weight_paths(directory: Path) -> list[Path]:
+    """The files that hold a model's weights. Raises ModelError."""
     index_path = directory / _INDEX_FILE
     if index_path.exists():
         try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-            return [directory / name for name in sorted(set(weight_map.values()))]
+            index: Any = read_json(index_path)
+            return [directory / name for name in sorted(set(index["weight_map"].values()))]
+        except ModelError:
+            raise
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index_path} is not an index of safetensors: {error!r}") from None
     if (directory / _SINGLE_FILE).exists():
@@ -142,7 +193,7 @@ def _weight_paths(directory: Path) -> list[Path]:
 
 def stored_dtype(directory: Path, name: str) -> str:
     """The dtype in which the tensor `name` is stored, such as 'bfloat16'. Raises ModelError."""
-    files = _open_files(directory)
-    if name not in files:
+    infos = Checkpoint(weight_paths(directory)).infos
+    if name not in infos:
         raise ModelError(f"the weights in {directory} lack the tensor {name!r}")
-    return str(files[name].get_tensor(name).dtype).removeprefix("torch.")
+    return str(infos[name].dtype).removeprefix("torch.")

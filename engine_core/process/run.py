@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import signal
+import sys
 import uuid
 from dataclasses import dataclass
 from types import FrameType
@@ -21,6 +22,7 @@ from engine_core.core import EngineCore
 from engine_core.process.frontend_link import FrontendLink, LinkError
 from engine_core.process.intake import Intake, Shutdown
 from engine_core.process.io_threads import Farewell, InputThread, OutputThread
+from engine_core.process.job_thread import JobThread
 from engine_core.process.launcher_watch import LauncherWatch
 from engine_core.process.loading import load_core
 from engine_core.process.step_loop import StepLoop
@@ -29,6 +31,7 @@ from ipc.handshake import CAESURA_PROTOCOL, Init, Registration
 
 logger = logging.getLogger(__name__)
 
+_SWITCH_INTERVAL_S = 0.0002
 SPOKEN_VLLM_VERSION = "0.33.0"
 """The protocol we speak, under the name by which front ends know it."""
 
@@ -56,6 +59,9 @@ def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = No
 
     Raises SetupError if it cannot begin to serve.
     """
+    # The input thread gives up the interpreter for each frame; at Python's 5 ms a busy step loop
+    # kept an abort behind thousands of frames waiting for seconds.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     intake = Intake()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
@@ -76,7 +82,7 @@ def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = No
     link.say_ready()
     logger.info("ready: %s", _describe(core, dtype))
     try:
-        StepLoop(core, intake, output_thread.send).run()
+        StepLoop(core, intake, output_thread.send, JobThread(intake).start).run()
     except Exception:
         logger.exception("fatal error; the clients are told, and the engine ends")
         output_thread.finish(Farewell.DEAD)

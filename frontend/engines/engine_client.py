@@ -1,5 +1,4 @@
-"""The front end's sockets: bytes to and from any number of engines, and the calls that wait for a
-reply.
+"""The front end's sockets: bytes to and from any number of engines.
 
 One ROUTER carries everything to the engines. Each engine answers on an endpoint of its own, so that
 whatever arrives there, even a frame that cannot be decoded, has a known sender.
@@ -7,7 +6,6 @@ whatever arrives there, even a frame that cannot be decoded, has a known sender.
 Invariants
 - Runs on one event loop; all methods are called on its thread, callbacks run on it.
 - Messages to one engine arrive in the order of `send` and `start_call`; so do its frames here.
-- A call ends: by its reply, by its engine's death, or by being cancelled (a time-out).
 - After `disconnect(rank)` nothing of that engine is delivered any more.
 """
 
@@ -16,21 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from frontend.engines.engine_calls import EngineCalls, EngineEvents
 from frontend.engines.handshake import Handshake
 from frontend.engines.socket_reader import SocketReader
-from frontend.errors import EngineDeadError, EngineStartupError, UtilityCallError
+from frontend.errors import EngineDeadError, EngineStartupError
 from ipc import sockets
 from ipc.errors import WireError
 from ipc.handshake import Init, Registration, engine_identity
-from ipc.output import EngineCoreOutputs, decode_outputs, is_dead
-from ipc.utility import UtilityCall, UtilityReply, encode_utility
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +34,6 @@ _CONNECTION_EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EV
 # As plain integers: pyzmq's own flags are enums, which cost more to combine than a send.
 _LAST = int(zmq.NOBLOCK)
 _NOT_LAST = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
-CLIENT_INDEX = 0
-"""The front end is one process."""
-
-
-class EngineEvents(Protocol):
-    """Who hears what engines send."""
-
-    def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
-        """A frame with request outputs, statistics or both."""
-
-    def on_turn_end(self) -> None:
-        """Everything that had arrived from an engine was handed over, for now."""
-
-    def on_bad_frame(self, rank: int, error: WireError) -> None:
-        """A frame that could not be decoded: whatever it said is lost."""
-
-    def on_engine_dead(self, rank: int, reason: str) -> None:
-        """The engine said that it is dead."""
 
 
 @dataclass(slots=True)
@@ -65,7 +43,7 @@ class _Engine:
     monitor: SocketReader
     """Hears when the peer of this engine's endpoint goes away, as it does when its process dies."""
     address: str
-    calls: dict[int, asyncio.Future[object]] = field(default_factory=dict)
+    calls: EngineCalls
     is_connected: bool = True
     newcomer_fd: int | None = None
     """Of the last peer that connected to `address`, whoever it was."""
@@ -92,7 +70,6 @@ class EngineClient:
         self._directory = sockets.private_directory() if handshake_address is None else None
         self._handshake = Handshake(ranks, self._init_for)
         self._all_up = self._loop.create_future()
-        self._next_call_id = 1
         self._handshake_socket = self._bind_handshake(handshake_address)
         self._input_socket = sockets.bind_router(self._context, self._address("input"))
         self.handshake_address = sockets.bound_address(self._handshake_socket)
@@ -145,15 +122,15 @@ class EngineClient:
 
     def _open_engine(self, rank: int) -> _Engine:
         socket = sockets.bind_pull(self._context, self._address(f"output-{rank}"))
-        reader = SocketReader(
-            self._loop, socket, partial(self._on_output, rank), self._events.on_turn_end
-        )
+        calls = EngineCalls(rank, self._events, self.send)
+        reader = SocketReader(self._loop, socket, calls.on_frames, self._events.on_turn_end)
         monitor = SocketReader(
             self._loop,
             socket.get_monitor_socket(_CONNECTION_EVENTS),
             partial(self._on_connection_event, rank),
         )
-        return _Engine(engine_identity(rank), reader, monitor, sockets.bound_address(socket))
+        address = sockets.bound_address(socket)
+        return _Engine(engine_identity(rank), reader, monitor, address, calls)
 
     def _init_for(self, rank: int) -> Init:
         return Init(
@@ -186,22 +163,7 @@ class EngineClient:
         """Send a utility call now; the future brings its result, UtilityCallError or
         EngineDeadError.
         """
-        call_id, self._next_call_id = self._next_call_id, self._next_call_id + 1
-        frames = encode_utility(UtilityCall(CLIENT_INDEX, call_id, method, args))
-        calls = self._engines[rank].calls
-
-        def forget(call: asyncio.Future[object]) -> None:
-            del calls[call_id]
-            if not call.cancelled():
-                call.exception()  # A caller that no longer waits must not cause a warning.
-
-        future = calls[call_id] = self._loop.create_future()
-        future.add_done_callback(forget)
-        try:
-            self.send(rank, frames)
-        except EngineDeadError as error:
-            future.set_exception(error)
-        return future
+        return self._engines[rank].calls.start(method, *args)
 
     def disconnect(self, rank: int, reason: str) -> None:
         """The engine is gone: fail its calls, and let whatever it may still send fall away."""
@@ -210,9 +172,7 @@ class EngineClient:
             engine.is_connected = False
             engine.monitor.close()
             engine.reader.close()
-            for future in list(engine.calls.values()):
-                if not future.done():
-                    future.set_exception(EngineDeadError(reason))
+            engine.calls.fail(reason)
 
     def close(self) -> None:
         """Close all sockets and remove the private directory."""
@@ -256,20 +216,6 @@ class EngineClient:
         if not self._handshake.missing_ranks and not self._all_up.done():
             self._all_up.set_result(None)
 
-    def _on_output(self, rank: int, frames: list[bytes]) -> None:
-        if is_dead(frames):
-            self._events.on_engine_dead(rank, f"engine {rank} reported a fatal error; see its log")
-            return
-        try:
-            outputs = decode_outputs(frames)
-        except WireError as error:
-            self._events.on_bad_frame(rank, error)
-            return
-        if outputs.utility_output is not None:
-            self._finish_call(rank, outputs.utility_output)
-        if outputs.outputs or outputs.finished_requests or outputs.scheduler_stats is not None:
-            self._events.on_outputs(rank, outputs)
-
     def _on_connection_event(self, rank: int, frames: list[bytes]) -> None:
         """The first peer that shakes hands is the engine; others may knock at its port and go."""
         engine = self._engines[rank]
@@ -283,12 +229,3 @@ class EngineClient:
                 engine.reader.read_all()  # What it said before it went still counts.
                 if engine.is_connected:
                     self._events.on_engine_dead(rank, f"engine {rank} closed its connection")
-
-    def _finish_call(self, rank: int, reply: UtilityReply) -> None:
-        future = self._engines[rank].calls.get(reply.call_id)
-        if future is None or future.done():
-            logger.debug("engine %d answered call %d, which nobody awaits", rank, reply.call_id)
-        elif reply.failure_message is not None:
-            future.set_exception(UtilityCallError(f"engine {rank}: {reply.failure_message}"))
-        else:
-            future.set_result(reply.result)

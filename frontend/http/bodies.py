@@ -23,6 +23,7 @@ from ipc.expect import INT64_MAX, INT64_MIN
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+_OBJECTS = (inspect.StructType, inspect.DataclassType)
 _MAX_VALUE_LENGTH = 80
 _WHERE = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
 _STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<index>\d+)\]")
@@ -50,6 +51,11 @@ def read_body(body: bytes, kind: type[T]) -> T:
     raise _refusal(fault, value, kind)
 
 
+def read_optional_body(body: bytes, kind: type[T]) -> T:
+    """`read_body`, where an empty body and null stand for an empty object."""
+    return read_body(b"{}" if _is_empty(body) else body, kind)
+
+
 def read_query(query: Mapping[str, list[str]], kind: type[T]) -> T:
     """Read a query string's values, as `read_body` does. Of a repeated field that takes one value,
     the last counts.
@@ -60,6 +66,21 @@ def read_query(query: Mapping[str, list[str]], kind: type[T]) -> T:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise _refusal(str(error), values, kind) from None
+
+
+def read_query_or_body(query: Mapping[str, list[str]], body: bytes, kind: type[T]) -> T:
+    """For calls whose fields are in the query, and which some clients send in a body. Raises
+    ApiError(400) also if both have fields.
+    """
+    if _is_empty(body):
+        return read_query(query, kind)
+    if query:
+        raise ApiError(400, "there are fields in the query and in the body; send one of them")
+    return read_body(body, kind)
+
+
+def _is_empty(body: bytes) -> bool:
+    return body.strip() in (b"", b"null")
 
 
 def bad_field(path: str, expected: str, value: object) -> ApiError:
@@ -146,8 +167,12 @@ def _refusal(fault: str, value: Any, kind: type[msgspec.Struct]) -> ApiError:
 
 
 def _unknown_field(path: str, name: str, info: inspect.Type) -> ApiError:
-    struct = next(option for option in _options(info) if isinstance(option, inspect.StructType))
-    known = [field.encode_name for field in struct.fields]
+    known = [
+        field.encode_name
+        for option in _options(info)
+        if isinstance(option, _OBJECTS)
+        for field in option.fields
+    ]
     remedy = "it takes no fields; leave it out"
     if known:
         remedy = known_names(name, known)
@@ -167,7 +192,7 @@ def _inner_type(info: inspect.Type, name: str | None) -> inspect.Type:
     for option in _options(info):
         if name is None and isinstance(option, inspect.CollectionType):
             return option.item_type
-        if name is not None and isinstance(option, inspect.StructType):
+        if name is not None and isinstance(option, _OBJECTS):
             return {field.encode_name: field.type for field in option.fields}[name]
     raise LookupError(name)
 
@@ -227,7 +252,7 @@ def _describe(info: inspect.Type) -> str:
             type(item) in _PLURALS
         ):
             return f"an object with integers for keys and {_PLURALS[type(item)]} for values"
-        case inspect.DictType() | inspect.StructType():
+        case inspect.DictType() | inspect.StructType() | inspect.DataclassType():
             return "an object"
     return "another value"
 

@@ -8,13 +8,19 @@ from collections.abc import Sequence
 from frontend.errors import (
     CALLERS_FAULTS,
     CONTEXT_LENGTH_EXCEEDED,
-    OVERLOADED,
     DuplicateRequestIdError,
     EngineDeadError,
+    EngineTimeoutError,
     InvalidRequestError,
     OverloadedError,
+    PauseConflictError,
+    PauseInterruptedError,
     PromptTooLongError,
     ShuttingDownError,
+    UtilityCallError,
+    WeightUpdateConflictError,
+    WeightUpdateError,
+    WeightUpdateIncompleteError,
 )
 from frontend.http.exchange import Exchange
 from frontend.outputs import AbortCause, RequestOutput
@@ -70,30 +76,52 @@ _TYPES = {
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",
+    409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "invalid_request_error",
     431: "invalid_request_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
 
-RequestRefusal = InvalidRequestError | OverloadedError | EngineDeadError
-"""What accepting a request raises."""
+REFUSALS = (
+    InvalidRequestError,
+    OverloadedError,
+    EngineDeadError,
+    EngineTimeoutError,
+    PauseConflictError,
+    PauseInterruptedError,
+    UtilityCallError,
+    WeightUpdateConflictError,
+    WeightUpdateError,
+    WeightUpdateIncompleteError,
+)
+"""What the calls of `AsyncEngine` raise if they cannot be served as they stand."""
 
 
-def from_exception(error: RequestRefusal) -> ApiError:
-    """What `AsyncEngine.accept` raised."""
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
-    if isinstance(error, DuplicateRequestIdError):
-        return ApiError(400, str(error), param="request_id")
-    if isinstance(error, InvalidRequestError):
-        return ApiError(400, str(error))
-    if isinstance(error, OverloadedError):
-        return ApiError(503, str(error), code=OVERLOADED)
-    code = "shutdown" if isinstance(error, ShuttingDownError) else "engine_dead"
-    return ApiError(503, str(error), code=code)
+def from_exception(error: Exception) -> ApiError:
+    """The answer to one of `REFUSALS`."""
+    message = str(error)
+    match error:
+        case PromptTooLongError():
+            return ApiError(400, message, param="prompt", code=CONTEXT_LENGTH_EXCEEDED)
+        case DuplicateRequestIdError():
+            return ApiError(400, message, param="request_id")
+        case PauseConflictError() | PauseInterruptedError() | WeightUpdateConflictError():
+            return ApiError(409, message)
+        case InvalidRequestError() | WeightUpdateError():
+            return ApiError(400, message)
+        case EngineTimeoutError():
+            return ApiError(504, message, code="timeout")
+        case UtilityCallError() | WeightUpdateIncompleteError():
+            return ApiError(500, message, code="engine_error")
+        case OverloadedError():
+            return ApiError(503, message, code=error.code)
+        case ShuttingDownError():
+            return ApiError(503, message, code="shutdown")
+    return ApiError(503, message, code="engine_dead")
 
 
 def from_terminal(output: RequestOutput) -> ApiError | None:

@@ -17,6 +17,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 JSON = "application/json"
+BINARY = "application/octet-stream"
+TEXT = "text/plain; charset=utf-8"
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 REQUEST_ID_HEADER = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 256

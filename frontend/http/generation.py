@@ -24,7 +24,7 @@ from frontend.http import errors
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.outputs import AbortCause, RequestOutput
-from frontend.requests.intake import NewRequest
+from frontend.requests.new_request import NewRequest
 from frontend.requests.stream import RequestStream
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from frontend.http.access import Access
-from frontend.http.exchange import JSON, Exchange
+from frontend.http.exchange import BINARY, JSON, Exchange
 from frontend.http.router import Route
 
 Schema = dict[str, Any]
@@ -140,8 +140,10 @@ def _operation(route: Route, schemas: _Schemas) -> Schema:
         "responses": _responses(route, schemas),
     }
     if route.body is not None:
-        content = {JSON: {"schema": schemas.of(route.body)}}
-        operation["requestBody"] = {"required": True, "content": content}
+        content: Schema = {JSON: {"schema": schemas.of(route.body)}}
+        if route.takes_safetensors:
+            content[BINARY] = {}
+        operation["requestBody"] = {"required": not route.body_is_optional, "content": content}
     return operation
 
 

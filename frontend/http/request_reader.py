@@ -158,6 +158,8 @@ class RequestReader:
         length = int(self._headers.get("content-length", "0"))  # llhttp checked it.
         has_body = length > 0 or "transfer-encoding" in self._headers
         try:
+            if exchange.http_version == "1.1" and "host" not in self._headers:
+                raise ApiError(400, "the Host header is missing; HTTP/1.1 needs one")
             if length > self._max_body_bytes:
                 raise self._too_large()
             encoding = self._headers.get("content-encoding", "identity")

@@ -19,9 +19,8 @@ from urllib.parse import unquote
 
 import msgspec
 
-from frontend.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from frontend.http.access import Access, AccessRules
-from frontend.http.errors import ApiError, from_exception
+from frontend.http.errors import REFUSALS, ApiError, from_exception
 from frontend.http.exchange import Exchange
 from ipc.logs import RateLimitedLog
 
@@ -48,6 +47,10 @@ class Route:
     """Whose dialect it is."""
     access: Access = Access.CLIENT
     body: type[msgspec.Struct] | None = None
+    body_is_optional: bool = False
+    """Whether an empty body may be sent."""
+    takes_safetensors: bool = False
+    """Whether the body may be a safetensors file instead; the other fields are the query's then."""
     query: type[msgspec.Struct] | None = None
     reply: Any = None
     """The type of the JSON in a 200."""
@@ -136,7 +139,7 @@ async def _run(exchange: Exchange, route: Route, running: Coroutine[Any, Any, No
 
 
 def _answer_error(exchange: Exchange, route: Route, error: Exception) -> None:
-    if isinstance(error, InvalidRequestError | OverloadedError | EngineDeadError):
+    if isinstance(error, REFUSALS):
         error = from_exception(error)
     if not isinstance(error, ApiError):
         logger.error("%s %s failed", exchange.method, exchange.path, exc_info=error)

@@ -13,7 +13,9 @@ from frontend.http import fastdeploy, openai, openapi, sglang, status, vllm
 from frontend.http.access import AccessRules
 from frontend.http.connection import Connections
 from frontend.http.control import control_routes
+from frontend.http.pauses import pause_routes
 from frontend.http.router import Route, Router
+from frontend.http.weights import weight_routes
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,14 @@ def all_routes(engine: AsyncEngine, http: HttpConfig) -> list[Route]:
     routes = [
         *openai.routes(engine),
         *control_routes(engine),
+        *pause_routes(engine),
+        *weight_routes(engine),
         *sglang.routes(engine),
-        *vllm.routes(engine, strict_selectors=http.strict_selectors),
+        *vllm.routes(
+            engine,
+            strict_selectors=http.strict_selectors,
+            hold_while_paused=http.hold_while_paused,
+        ),
         *fastdeploy.routes(engine),
         *status.routes(engine),
     ]

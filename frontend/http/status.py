@@ -1,7 +1,7 @@
 """How the server is: for load balancers, orchestrators and Prometheus.
 
 `/health` is 503 when restarting the process would help, `/ready` when requests should go elsewhere:
-a server that shuts down is healthy to its end, but not ready.
+a server that shuts down or is paused is healthy, but not ready.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from frontend.async_engine import AsyncEngine
+from frontend.errors import ENGINE_PAUSED
 from frontend.http.access import Access
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
@@ -44,9 +45,12 @@ def routes(engine: AsyncEngine) -> list[Route]:
 
     def ready(exchange: Exchange) -> None:
         if not engine.is_ready:
-            if engine.alive_engines:
-                raise ApiError(503, "the server is shutting down", code="shutdown")
-            raise ApiError(503, "no engine can serve", code="engine_dead")
+            if not engine.alive_engines:
+                raise ApiError(503, "no engine can serve", code="engine_dead")
+            state = engine.pause_state.state
+            if state != "running":
+                raise ApiError(503, f"the server is {state}; resume it", code=ENGINE_PAUSED)
+            raise ApiError(503, "the server is shutting down", code="shutdown")
         exchange.respond(200)
 
     def tell_version(exchange: Exchange) -> None:

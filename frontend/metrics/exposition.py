@@ -24,6 +24,9 @@ from prometheus_client.utils import floatToGoString
 
 from frontend.metrics.histogram import Histogram
 from frontend.metrics.recorder import Metrics
+from frontend.requests.pause_reports import PauseState
+
+_PAUSE_STATES = ("running", "draining", "paused")
 
 
 class LiveState(Protocol):
@@ -37,6 +40,12 @@ class LiveState(Protocol):
 
     @property
     def alive_engines(self) -> Collection[int]: ...
+
+    @property
+    def pause_state(self) -> PauseState: ...
+
+    @property
+    def weight_version(self) -> str | None: ...
 
 
 class Exposition:
@@ -80,6 +89,7 @@ class _FamilyCollector(Collector):
         yield from self._requests()
         yield from self._latencies()
         yield from self._aborts()
+        yield from self._pauses()
         yield from self._engines()
 
     def _requests(self) -> Iterator[Metric]:
@@ -172,6 +182,36 @@ class _FamilyCollector(Collector):
             "Tokens sampled for requests that had ended here.",
             metrics.num_wasted_tokens,
         )
+
+    def _pauses(self) -> Iterator[Metric]:
+        metrics, pause = self._metrics, self._state.pause_state
+        yield _gauge(
+            "pause_state", "0 running, 1 draining, 2 paused.", _PAUSE_STATES.index(pause.state)
+        )
+        yield _gauge(
+            "num_requests_held", "Requests that wait for the end of a pause.", pause.num_held
+        )
+        yield _histogram(
+            "pause_seconds",
+            "From the call of a pause until all engines stood still.",
+            metrics.pause_time,
+        )
+        yield _labelled_counter(
+            "weight_updates",
+            "Weight updates, by what came of them.",
+            ["result"],
+            (([result], count) for result, count in metrics.num_weight_updates.items()),
+        )
+        yield _histogram(
+            "weight_update_pause_seconds",
+            "How long a weight update kept the engines paused.",
+            metrics.weight_update_pauses,
+        )
+        version = self._state.weight_version
+        if version is not None:
+            yield InfoMetricFamily(
+                "caesura_weights", "The weights that all engines serve.", {"version": version}
+            )
 
     def _engines(self) -> Iterator[Metric]:
         alive = self._state.alive_engines

@@ -14,8 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import get_args
+from typing import Literal, get_args
 
+from frontend.errors import ENGINE_PAUSED
 from frontend.metrics.histogram import Histogram, doubling_buckets, seconds_buckets
 from frontend.outputs import AbortCause, FinishReasonName, Stage
 from frontend.requests.abort_queue import MAX_IDS_PER_FRAME
@@ -24,6 +25,9 @@ from ipc.output import EngineCoreEvent, EventType
 from ipc.stats import SchedulerStats
 
 _MAX_REQUEST_TOKENS = 1 << 20
+
+WeightUpdateResult = Literal["committed", "failed", "discarded", "incomplete"]
+"""`failed` and `discarded` changed nothing, `incomplete` ones only some engines."""
 
 
 @dataclass(slots=True)
@@ -57,6 +61,11 @@ class Metrics:
         self.prompt_lengths = Histogram(doubling_buckets(_MAX_REQUEST_TOKENS))
         self.output_lengths = Histogram(doubling_buckets(_MAX_REQUEST_TOKENS))
         self.abort_frame_ids = Histogram(doubling_buckets(MAX_IDS_PER_FRAME))
+        self.pause_time = Histogram(seconds_buckets(-3, 300.0))
+        self.weight_update_pauses = Histogram(seconds_buckets(-3, 300.0))
+        self.num_weight_updates: Counter[WeightUpdateResult] = Counter(
+            dict.fromkeys(get_args(WeightUpdateResult), 0)
+        )
         self.num_accepted = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -71,7 +80,7 @@ class Metrics:
             dict.fromkeys(product(AbortCause, get_args(Stage)), 0)
         )
         self.num_refused: Counter[str] = Counter(
-            dict.fromkeys((*get_args(LimitName), "max_connections"), 0)
+            dict.fromkeys((*get_args(LimitName), "max_connections", ENGINE_PAUSED), 0)
         )
 
     # -- the life of requests ------------------------------------------------------------------
@@ -143,6 +152,20 @@ class Metrics:
     def on_wasted_tokens(self, num_tokens: int) -> None:
         """An engine sampled tokens for a request that had ended here."""
         self.num_wasted_tokens += num_tokens
+
+    # -- pauses and weights --------------------------------------------------------------------
+
+    def on_paused(self, after_s: float) -> None:
+        """All engines stand still, so long after the pause was asked for."""
+        self.pause_time.observe(after_s)
+
+    def on_weight_update(self, result: WeightUpdateResult) -> None:
+        """A weight update came to its end."""
+        self.num_weight_updates[result] += 1
+
+    def on_weight_update_pause(self, duration_s: float) -> None:
+        """The engines were paused for so long that new weights could take effect."""
+        self.weight_update_pauses.observe(duration_s)
 
     # -- engines -------------------------------------------------------------------------------
 

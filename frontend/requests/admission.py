@@ -1,8 +1,8 @@
 """Limits on what may wait for its first token, so that an overloaded server says so at once
 instead of making everyone wait.
 
-A request waits from its acceptance until its first token or its end. Both limits are over all
-engines together.
+A request waits from its acceptance until its first token or its end, also where a pause holds it.
+Both limits are over all engines together.
 
 - `max_num_queued_requests` bounds the requests that wait. A call is let in whole or not at all.
 - `max_num_queued_tokens` bounds their prompt tokens, hence the time to first token: it is about the

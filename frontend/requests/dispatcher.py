@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from frontend.engines.engine_client import EngineClient
 from frontend.errors import EngineDeadError
 from frontend.metrics import Metrics
-from frontend.outputs import AbortCause, Stage, Terminal, TokenLogprobs
+from frontend.outputs import AbortCause, Stage, Terminal
 from frontend.requests.auto_aborts import AutoAborts
 from frontend.requests.balancer import Balancer
-from frontend.requests.logprobs import token_logprobs
+from frontend.requests.delivery import Delivery, End
+from frontend.requests.pause_gate import PauseGate
 from frontend.requests.registry import Entry, RequestRegistry
 from frontend.requests.request_log import RequestLog
-from frontend.requests.terminals import engine_terminal
+from frontend.requests.terminals import finish_mailbox
 from ipc.errors import WireError
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, OutputError
 
@@ -54,6 +55,12 @@ class Dispatcher:
         self.request_log = RequestLog()
         self.clock: Callable[[], float] = time.monotonic
         """Tells ages and latencies; the event loop's own clock counts whole milliseconds."""
+        self.gate = PauseGate(self.clock())
+        """Everything that goes to an engine for the first time passes here."""
+        self.weight_versions: dict[int, str] = {}
+        """By engine: the label of its weights, as far as it has told."""
+        self.weight_version: str | None = None
+        """The label that all living engines have told; None if they differ or have not."""
         self._balancer = Balancer(num_engines)
         self._auto_aborts = AutoAborts(
             self.registry,
@@ -61,15 +68,20 @@ class Dispatcher:
             self.foreign_engines,
             lambda engine_index, frames: self.client.send(engine_index, frames),
         )
+        self._delivery = Delivery(self.metrics)
         self._with_unprocessed: list[Entry] = []
 
     # -- from clients --------------------------------------------------------------------------
 
     def send(self, entry: Entry) -> None:
-        """Hand a live request to an engine. Raises EngineDeadError if there is none.
+        """Hand a live request to an engine, or to the gate while that is closed. Raises
+        EngineDeadError if there is no engine.
 
         An engine that turns out to be gone ends as any dead engine does, and the next one is asked.
         """
+        if not self.gate.is_open and self.alive_engines:
+            self.gate.hold(entry, self.clock())
+            return
         frames, entry.add_frames = entry.add_frames, ()
         prompt_token_ids = entry.mailbox.prompt_token_ids
         while self.alive_engines:
@@ -84,8 +96,23 @@ class Dispatcher:
                     return  # A sibling ended with that engine, and its call with the sibling.
                 continue
             self.registry.mark_sent(entry, engine_index)
+            if (version := self.weight_versions.get(engine_index)) is not None:
+                entry.weight_marks.append((0, version))
             return
         raise EngineDeadError("no engine is alive")
+
+    def open_gate(self) -> int:
+        """The engines run again: send them what was held. Returns how many requests that were."""
+        released = self.gate.open(self.clock())
+        for entry in released:
+            if entry.terminal is not None:
+                continue  # It ended with an engine that died meanwhile.
+            try:
+                self.send(entry)
+            except EngineDeadError as error:
+                fault = OutputError("engine_dead", str(error), True)
+                self.end_unsent(entry, Terminal("error", error=fault))
+        return len(released)
 
     def drop(self, internal_id: str, cause: AbortCause = AbortCause.DROPPED_STREAM) -> None:
         """The client let go of its stream. Nothing happens if the request has ended."""
@@ -96,6 +123,7 @@ class Dispatcher:
     def take_back(self, entry: Entry) -> None:
         """Undo an acceptance that nobody was told of; an engine that knows already is told."""
         entry.leave_queue()
+        self.gate.forget(entry)
         if self.registry.remove_running(entry, AbortCause.REFUSED, self.clock()):
             self._auto_aborts.push(entry.internal_id, AbortCause.REFUSED)
 
@@ -128,6 +156,9 @@ class Dispatcher:
     # -- from engines --------------------------------------------------------------------------
 
     def on_outputs(self, rank: int, outputs: EngineCoreOutputs) -> None:
+        version = outputs.weight_version
+        if version is not None and version != self.weight_versions.get(rank):
+            self.note_weight_version(rank, version)
         live = self.registry.get
         for output in outputs.outputs:
             entry = live(output.request_id)
@@ -144,15 +175,32 @@ class Dispatcher:
                 entry.unprocessed += output.new_token_ids
             else:
                 try:
-                    self._deliver(entry, output)
+                    end = self._delivery.output(entry, output, self.clock())
                 except Exception:
                     self._end_by_fault(entry)
+                else:
+                    self._end_with(entry, end)
         for internal_id in outputs.finished_requests or ():
             self._note_left(rank, internal_id)
         stats = outputs.scheduler_stats
         if stats is not None:
             self._balancer.report(rank, stats.num_running_reqs + stats.num_waiting_reqs)
             self.metrics.on_scheduler_stats(rank, stats)
+
+    def note_weight_version(self, rank: int, version: str) -> None:
+        """The tokens of an engine that have not arrived yet come of weights of this label."""
+        if version == self.weight_versions.get(rank):
+            return
+        self.weight_versions[rank] = version
+        self._note_engines_changed()
+        for entry in self.registry:
+            if entry.engine_index == rank:
+                num_tokens = entry.num_output_tokens + len(entry.unprocessed)
+                entry.weight_marks.append((num_tokens, version))
+
+    def _note_engines_changed(self) -> None:
+        versions = {self.weight_versions.get(rank) for rank in self.alive_engines}
+        self.weight_version = versions.pop() if len(versions) == 1 else None
 
     def on_turn_end(self) -> None:
         """What had arrived is read; deliver it."""
@@ -161,9 +209,11 @@ class Dispatcher:
         for entry in entries:
             if entry.unprocessed and entry.terminal is None:
                 try:
-                    self._process(entry, entry.unprocessed, now)
+                    end = self._delivery.tokens(entry, entry.unprocessed, now)
                 except Exception:
                     self._end_by_fault(entry)
+                else:
+                    self._end_with(entry, end)
 
     def _end_by_fault(self, entry: Entry) -> None:
         """A fault of ours in one request's processing is that request's alone."""
@@ -197,8 +247,12 @@ class Dispatcher:
             self._end(entry, Terminal("error", error=error))
 
     def on_bad_frame(self, rank: int, error: WireError) -> None:
-        """What the frame said is lost, so none of this engine's requests can end rightly."""
+        """What the frame said is lost, so none of this engine's requests can end rightly; it may
+        have said that some had left, which another abort will have it repeat.
+        """
         logger.error("engine %d sent a frame that cannot be decoded: %s", rank, error)
+        for internal_id, cause in self.registry.forget_aborts(rank):
+            self._auto_aborts.push(internal_id, cause)
         entries = self.registry.select(lambda entry: entry.engine_index == rank)
         fault = OutputError("engine_protocol_error", f"an output of engine {rank} was lost", True)
         self.end_without_engine(
@@ -211,73 +265,22 @@ class Dispatcher:
             return
         self.on_turn_end()
         self.alive_engines.discard(rank)
+        self._note_engines_changed()
         self.client.disconnect(rank, reason)
         entries = self.registry.select(lambda entry: entry.engine_index == rank)
+        if not self.alive_engines:
+            entries += self.gate.held
         logger.error("%s; %d of its requests end with an error", reason, len(entries))
         fault = OutputError("engine_dead", reason.splitlines()[0], True)
         for entry in entries:
             self._end(entry, Terminal("error", error=fault))
         self.registry.end_all_of(rank)
 
-    def _deliver(self, entry: Entry, output: EngineCoreOutput) -> None:
-        """An output that is more than tokens of a running request."""
-        mailbox, now = entry.mailbox, self.clock()
-        if output.prefill_stats is not None:
-            mailbox.num_cached_tokens = output.prefill_stats.num_cached_tokens
-        if output.prompt_logprobs is not None:
-            prompt_logprobs = output.prompt_logprobs
-            mailbox.prompt_logprobs = tuple(
-                token_logprobs(prompt_logprobs, len(prompt_logprobs.ranks))
-            )
-        if output.events is not None:
-            self.metrics.on_events(output.events)
-        reason, token_ids = output.finish_reason, [*entry.unprocessed, *output.new_token_ids]
-        logprobs: Sequence[TokenLogprobs] = ()
-        if output.new_logprobs is not None:
-            logprobs = token_logprobs(output.new_logprobs, len(output.new_token_ids))
-        goes_on = self._process(entry, token_ids, now, logprobs, is_finished=reason is not None)
-        if goes_on and reason is not None:
-            self._end(entry, engine_terminal(output, reason, entry.abort_cause))
-
-    def _process(
-        self,
-        entry: Entry,
-        token_ids: list[int],
-        now: float,
-        logprobs: Sequence[TokenLogprobs] = (),
-        *,
-        is_finished: bool = False,
-    ) -> bool:
-        """Hand new tokens on as text. False if a stop string in it ended the request."""
-        assert entry.processor is not None
-        entry.unprocessed = []
-        delta = entry.processor.process(token_ids, is_finished)
-        num_tokens = delta.num_tokens_used
-        if num_tokens:
-            if entry.last_output_s is not None:
-                self.metrics.on_tokens(num_tokens, now - entry.last_output_s)
-            else:
-                self._note_first_tokens(entry, num_tokens, now)
-            entry.last_output_s = now
-            entry.num_output_tokens += num_tokens
-        if delta.stop_reason is not None:
-            token_ids, logprobs = token_ids[:num_tokens], logprobs[:num_tokens]
-        if num_tokens or delta.text:
-            is_last = is_finished or delta.stop_reason is not None
-            entry.mailbox.put(delta.text, token_ids, logprobs, is_last=is_last)
-        if delta.stop_reason is None:
-            return True
-        cause = None if is_finished else AbortCause.STOP_STRING
-        terminal = Terminal("stop", stop_reason=delta.stop_reason)
-        self._end(entry, terminal, abort_in_engine=cause)
-        return False
-
-    def _note_first_tokens(self, entry: Entry, num_tokens: int, now: float) -> None:
-        entry.leave_queue()
-        num_prompt_tokens = len(entry.mailbox.prompt_token_ids)
-        self.metrics.on_first_tokens(num_tokens, now - entry.accepted_s, num_prompt_tokens)
-
     # -- ends ----------------------------------------------------------------------------------
+
+    def _end_with(self, entry: Entry, end: End | None) -> None:
+        if end is not None:
+            self._end(entry, end.terminal, abort_in_engine=end.abort_in_engine)
 
     def _end(
         self, entry: Entry, terminal: Terminal, *, abort_in_engine: AbortCause | None = None
@@ -292,14 +295,14 @@ class Dispatcher:
             return
         stage, entry.terminal = entry.stage, terminal
         entry.leave_queue()
+        self.gate.forget(entry)
         if entry.deadline is not None:
             entry.deadline.cancel()
-        is_read = terminal.abort_cause is not AbortCause.DROPPED_STREAM
-        if is_read and entry.processor is not None and terminal.finish_reason in ("abort", "error"):
-            # Text held back for a stop string belongs to the partial result.
-            entry.mailbox.put(entry.processor.process((), True).text, (), is_last=True)
         self._note_end(entry, abort_in_engine, stage, now)
-        entry.mailbox.finish(terminal)
+        if terminal.abort_cause is AbortCause.DROPPED_STREAM:
+            entry.mailbox.finish(terminal)  # Nobody reads it.
+        else:
+            finish_mailbox(entry, terminal)
         if self.on_idle is not None and not self.registry:
             self.on_idle()
         if abort_in_engine is not None and entry.engine_index is not None:

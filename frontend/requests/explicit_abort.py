@@ -26,6 +26,8 @@ from ipc.errors import WireError
 
 logger = logging.getLogger(__name__)
 
+NUM_IDS_LOGGED = 4
+"""Aborts of so few requests name each of them in the log."""
 EXPIRY_TIMEOUT_S = 5.0
 """So long an engine may take to end a request whose deadline passed."""
 
@@ -107,12 +109,15 @@ class ExplicitAborts:
             calls[engine_index] = self._dispatcher.client.start_call(
                 engine_index, lifecycle.CAESURA_ABORT, ids, cause.value
             )
-        if receipt.requests:
+        if selected:
+            names = [entry.request_id for entry in selected]
             logger.info(
-                "abort (%s) of %d requests on %d engines",
+                "abort (%s) of %d requests, %d of them on %d engines%s",
                 cause.value,
-                len(receipt.requests),
+                len(names),
+                sum(map(len, by_engine.values())),
                 len(by_engine),
+                f": {', '.join(names)}" if len(names) <= NUM_IDS_LOGGED else "",
             )
         return PendingAbort(receipt, by_engine, calls)
 

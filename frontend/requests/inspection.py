@@ -6,13 +6,12 @@ engine that does not answer in time leaves the front end's own view.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import cast, get_args
 
-from frontend.errors import EngineDeadError, UtilityCallError
 from frontend.outputs import LiveRequest, Stage
 from frontend.requests.dispatcher import Dispatcher
+from frontend.requests.fan_out import FanOut
 from frontend.requests.registry import Entry
 from ipc import lifecycle
 from ipc.errors import WireError
@@ -94,6 +93,9 @@ async def engine_statuses(
         except WireError as error:
             logger.warning("engine %d told its status wrongly: %s", rank, error)
             continue
+        if status.weight_version is not None and rank not in dispatcher.weight_versions:
+            # Known ones are kept by frames and commits; this answer may be older than those.
+            dispatcher.note_weight_version(rank, status.weight_version)
         num_violations = status.counters.get("integrity_violations", 0)
         dispatcher.metrics.on_integrity_violations(rank, num_violations)
     return statuses
@@ -103,17 +105,10 @@ async def _call_all(
     dispatcher: Dispatcher, method: str, timeout_s: float, *arguments: object
 ) -> dict[int, object]:
     """What each living Caesura engine answers in time, by rank."""
-    ranks = sorted(dispatcher.alive_engines - dispatcher.foreign_engines)
-    calls = {rank: dispatcher.client.start_call(rank, method, *arguments) for rank in ranks}
-    if calls:
-        await asyncio.wait(calls.values(), timeout=timeout_s)
-    answers = {}
-    for rank, call in calls.items():
-        if not call.done():
-            call.cancel()
-            continue
-        try:
-            answers[rank] = call.result()
-        except (UtilityCallError, EngineDeadError) as error:
-            logger.warning("engine %d did not answer %s: %s", rank, method, error)
-    return answers
+    ranks = dispatcher.alive_engines - dispatcher.foreign_engines
+    calls = FanOut.start(dispatcher.client, ranks, method, *arguments)
+    await calls.wait(timeout_s)
+    calls.give_up()
+    for failure in calls.failures:
+        logger.warning("%s failed: %s", method, failure)
+    return calls.results

@@ -13,14 +13,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
-from frontend.engines.engine_client import CLIENT_INDEX
+from frontend.engines.engine_calls import CLIENT_INDEX
 from frontend.errors import (
     CALLERS_FAULTS,
     CONTEXT_LENGTH_EXCEEDED,
-    OVERLOADED,
     VALIDATION_ERROR,
     InvalidRequestError,
     OverloadedError,
@@ -31,8 +29,9 @@ from frontend.outputs import Terminal
 from frontend.requests.admission import Admission
 from frontend.requests.dispatcher import Dispatcher
 from frontend.requests.mailbox import Mailbox
+from frontend.requests.new_request import NewRequest
+from frontend.requests.origin import origin_of
 from frontend.requests.registry import Entry
-from frontend.sampling_params import SamplingParams
 from frontend.text.output_processor import OutputProcessor
 from frontend.text.tokenizer import Tokenizer
 from ipc import expect
@@ -40,36 +39,8 @@ from ipc.errors import WireError
 from ipc.output import OutputError
 from ipc.request import encode_new
 
-MAX_TIMEOUT_S = 7 * 24 * 3600.0
-
 MAX_INLINE_CHARS = 8192
 """Longer prompts are tokenized on a worker thread, so that they do not hold up other streams."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewRequest:
-    """What a caller asks for. Either `prompt` or `prompt_token_ids` is set."""
-
-    prompt: str | None = None
-    prompt_token_ids: Sequence[int] | None = None
-    sampling_params: SamplingParams
-    request_id: str | None = None
-    """None makes one up."""
-    aliases: Sequence[str] = ()
-    """Further names; together with a `batch_id`, they are names of the whole batch."""
-    batch_id: str | None = None
-    """A name that the requests of one call share."""
-    priority: int = 0
-    """Lower runs first."""
-    tags: Sequence[str] = ()
-    timeout_s: float | None = None
-    """At this age it is aborted, and returns its partial result."""
-    cache_salt: str | None = None
-    """Requests share cached prefixes only with those of the same salt."""
-    add_special_tokens: bool = True
-    """False for a chat prompt, whose template spells them out."""
-    is_final_only: bool = False
-    """Everything comes at once, at the end."""
 
 
 class RequestIntake:
@@ -96,8 +67,9 @@ class RequestIntake:
 
     def accept(self, requests: Sequence[NewRequest]) -> list[Entry]:
         """All of them or none. Raises InvalidRequestError, PromptTooLongError,
-        DuplicateRequestIdError, OverloadedError or EngineDeadError.
+        DuplicateRequestIdError, OverloadedError, EnginePausedError or EngineDeadError.
         """
+        requests = [new.checked() for new in requests]
         prompts = self._prompts_at_once(requests)
         entries = [self._new_entry(new) for new in requests]
         for entry, new, token_ids in zip(entries, requests, prompts, strict=True):
@@ -126,6 +98,7 @@ class RequestIntake:
 
     def _admit(self, prompts: Sequence[list[int] | None]) -> None:
         try:
+            self._dispatcher.gate.check_newcomers(len(prompts))
             num_tokens = sum(len(token_ids) for token_ids in prompts if token_ids is not None)
             self._admission.check(len(prompts), num_tokens)
         except OverloadedError as error:
@@ -157,20 +130,16 @@ class RequestIntake:
         known: dict[tuple[int, bool], list[int] | None] = {}
         prompts = []
         for new in requests:
-            if (new.prompt is None) == (new.prompt_token_ids is None):
-                raise InvalidRequestError("give either prompt or prompt_token_ids, one of them")
-            if new.timeout_s is not None and not 0 < new.timeout_s <= MAX_TIMEOUT_S:
-                raise InvalidRequestError(
-                    f"timeout_s={new.timeout_s!r} must be above 0 and at most {MAX_TIMEOUT_S:g} s"
-                )
-            key = _prompt_key(new)
+            key = new.prompt_key
             if key not in known:
                 known[key] = self._token_ids_at_once(new)
             prompts.append(known[key])
         return prompts
 
     def _token_ids_at_once(self, new: NewRequest) -> list[int] | None:
-        if new.prompt_token_ids is not None:
+        if (resumed := new.resume_from) is not None:
+            token_ids = [*resumed.prompt_token_ids, *resumed.output_token_ids]
+        elif new.prompt_token_ids is not None:
             token_ids = list(new.prompt_token_ids)
         else:
             if not isinstance(new.prompt, str):
@@ -196,7 +165,7 @@ class RequestIntake:
         waiting: dict[tuple[int, bool], list[tuple[Entry, NewRequest]]] = {}
         for entry, new, token_ids in zip(entries, requests, prompts, strict=True):
             if token_ids is None:
-                waiting.setdefault(_prompt_key(new), []).append((entry, new))
+                waiting.setdefault(new.prompt_key, []).append((entry, new))
         for siblings in waiting.values():
             new = siblings[0][1]
             assert new.prompt is not None
@@ -217,6 +186,7 @@ class RequestIntake:
             token_ids = encoding.result()
             self._check_prompt(token_ids)
             self._admission.check(0, len(token_ids) * len(live))
+            self._dispatcher.gate.check_room(len(live))
             for entry, new in live:
                 assert entry.place is not None
                 entry.place.set_num_prompt_tokens(len(token_ids))
@@ -238,12 +208,17 @@ class RequestIntake:
         Raises InvalidRequestError.
         """
         eos_token_ids = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
+        origin = origin_of(token_ids, new.sampling_params, new.resume_from, self._max_model_len)
+        # Plain vLLM would count from the end of all that it is sent.
+        is_plain = bool(self._dispatcher.foreign_engines)
         try:
             entry.add_frames = encode_new(
                 request_id=entry.internal_id,
                 prompt_token_ids=token_ids,
-                sampling_params=new.sampling_params.to_wire(
-                    eos_token_ids, num_tokens_left=self._max_model_len - len(token_ids)
+                sampling_params=origin.sampling_params.to_wire(
+                    eos_token_ids,
+                    num_tokens_left=origin.max_num_tokens,
+                    num_resumed_tokens=0 if is_plain else len(origin.earlier_token_ids),
                 ),
                 arrival_time=entry.arrival_time_s,
                 client_index=CLIENT_INDEX,
@@ -253,8 +228,15 @@ class RequestIntake:
             )
         except ValueError as error:
             raise InvalidRequestError(str(error)) from error
-        entry.processor = OutputProcessor(self._tokenizer, new.sampling_params, token_ids)
-        entry.mailbox.prompt_token_ids = token_ids
+        entry.processor = OutputProcessor(
+            self._tokenizer,
+            origin.sampling_params,
+            origin.prompt_token_ids,
+            earlier_token_ids=origin.earlier_token_ids,
+            stop_tail_text=origin.stop_tail_text,
+        )
+        entry.mailbox.prompt_token_ids = origin.prompt_token_ids
+        entry.origin = origin
 
     def _tokenizer_for_text(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -276,17 +258,11 @@ class RequestIntake:
             )
 
 
-def _prompt_key(new: NewRequest) -> tuple[int, bool]:
-    """The same for the completions of one prompt, which share its object."""
-    prompt = new.prompt if new.prompt is not None else new.prompt_token_ids
-    return id(prompt), new.add_special_tokens
-
-
 def _fault(error: Exception) -> OutputError:
     """What a client is told of a request that failed after it was accepted."""
     code = "internal_error"
     if isinstance(error, OverloadedError):
-        code = OVERLOADED
+        code = error.code
     elif isinstance(error, PromptTooLongError):
         code = CONTEXT_LENGTH_EXCEEDED
     elif isinstance(error, ValueError):

@@ -15,7 +15,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
-from frontend.outputs import RequestOutput, Terminal, TokenLogprobs
+from frontend.outputs import RequestOutput, ResumeFrom, Terminal, TokenLogprobs, WeightSpan
 
 OnDelta = Callable[[str, Sequence[int]], bool]
 """(text, token ids) -> whether they were taken."""
@@ -28,17 +28,20 @@ class Mailbox:
         "_has_news",
         "_listener",
         "_logprobs",
+        "_num_taken",
         "_on_delta",
         "_reader",
+        "_resume_from",
         "_stream_interval",
         "_terminal",
         "_text",
-        "_token_ids",
         "_wake_at_num_tokens",
+        "_weight_spans",
         "num_cached_tokens",
         "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
+        "token_ids",
     )
 
     def __init__(
@@ -46,13 +49,19 @@ class Mailbox:
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids: Sequence[int] = ()
-        """Empty until the prompt's tokens are known."""
+        """Empty until the prompt's tokens are known; without the outputs that a resumed request
+        brings along."""
         self.num_cached_tokens = 0
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.token_ids: list[int] = []
+        """All that were put, read or not."""
+        self._num_taken = 0
+        """So many of them were read."""
         self._text: list[str] = []
-        self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._terminal: Terminal | None = None
+        self._weight_spans: tuple[WeightSpan, ...] = ()
+        self._resume_from: ResumeFrom | None = None
         self._stream_interval = sys.maxsize if is_final_only else stream_interval
         self._wake_at_num_tokens = sys.maxsize if is_final_only else 1
         self._has_news = False
@@ -62,7 +71,7 @@ class Mailbox:
 
     @property
     def num_unread_tokens(self) -> int:
-        return len(self._token_ids)
+        return len(self.token_ids) - self._num_taken
 
     def put(
         self,
@@ -76,20 +85,28 @@ class Mailbox:
         assert self._terminal is None, "nothing may follow a terminal"
         if (
             self._on_delta is not None
-            and not (self._token_ids or self._text or logprobs or is_last)
+            and not (self._text or logprobs or is_last)
             and self._on_delta(text, token_ids)
         ):
+            self.token_ids.extend(token_ids)
+            self._num_taken += len(token_ids)
             return
         self._text.append(text)
-        self._token_ids += token_ids
+        self.token_ids.extend(token_ids)
         if logprobs:
             self._logprobs += logprobs
-        if len(self._token_ids) >= self._wake_at_num_tokens and not is_last:
+        if len(self.token_ids) >= self._wake_at_num_tokens and not is_last:
             self._wake()
 
-    def finish(self, terminal: Terminal) -> None:
+    def finish(
+        self,
+        terminal: Terminal,
+        weight_spans: tuple[WeightSpan, ...] = (),
+        resume_from: ResumeFrom | None = None,
+    ) -> None:
         assert self._terminal is None, "a request has one terminal"
         self._terminal = terminal
+        self._weight_spans, self._resume_from = weight_spans, resume_from
         self._wake()
 
     def take(self) -> RequestOutput | None:
@@ -97,10 +114,13 @@ class Mailbox:
         if not self._has_news:
             return None
         self._has_news = False
-        self._wake_at_num_tokens = self._stream_interval
-        text, token_ids = "".join(self._text), tuple(self._token_ids)
+        text = "".join(self._text)
         self._text.clear()
-        self._token_ids.clear()
+        start, stop = self._num_taken, len(self.token_ids)
+        # Mostly it is one token, for which a slice costs several times as much.
+        token_ids = (self.token_ids[-1],) if stop - start == 1 else tuple(self.token_ids[start:])
+        self._num_taken = stop
+        self._wake_at_num_tokens = stop + self._stream_interval
         logprobs: tuple[TokenLogprobs, ...] = ()
         if self._logprobs:
             logprobs = tuple(self._logprobs)
@@ -119,6 +139,8 @@ class Mailbox:
             terminal.abort_cause,
             terminal.error,
             prompt_logprobs,
+            self._weight_spans,
+            self._resume_from,
         )
 
     async def wait(self) -> None:

@@ -20,6 +20,8 @@ from frontend.errors import DuplicateRequestIdError
 from frontend.outputs import AbortCause, Stage, Terminal
 from frontend.requests.admission import Place
 from frontend.requests.mailbox import Mailbox
+from frontend.requests.origin import Origin
+from frontend.requests.weight_spans import Mark
 from frontend.text.output_processor import OutputProcessor
 
 
@@ -48,7 +50,9 @@ class Entry:
     """Among those that wait for their first token; held until then, or until the end."""
     engine_index: int | None = None
     """None until it was sent to an engine."""
-    num_output_tokens: int = 0
+    origin: Origin | None = None
+    """None until the prompt's tokens are known."""
+    weight_marks: list[Mark] = field(default_factory=list)
     unprocessed: list[int] = field(default_factory=list)
     """Tokens that arrived in this turn of the loop and have not become text yet."""
     last_output_s: float | None = None
@@ -67,6 +71,10 @@ class Entry:
             self.place = None
 
     @property
+    def num_output_tokens(self) -> int:
+        return len(self.mailbox.token_ids)
+
+    @property
     def own_names(self) -> tuple[str, ...]:
         return (self.request_id, *self.aliases) if self.batch_id is None else (self.request_id,)
 
@@ -83,7 +91,7 @@ class Entry:
     def stage(self) -> Stage:
         """As far as it shows here; an engine knows more."""
         if self.engine_index is None:
-            return "tokenizing"
+            return "held" if self.add_frames else "tokenizing"
         return "waiting" if self.last_output_s is None else "decode"
 
 
@@ -192,6 +200,15 @@ class RequestRegistry:
             return None
         ending.abort_sent = True
         return ending.engine_index
+
+    def forget_aborts(self, engine_index: int) -> list[tuple[str, AbortCause]]:
+        """What is ending in an engine and was aborted there may be aborted again: (id, cause)."""
+        again = []
+        for internal_id, ending in self._ending.items():
+            if ending.engine_index == engine_index and ending.abort_sent:
+                ending.abort_sent = False
+                again.append((internal_id, ending.cause))
+        return again
 
     def end(self, internal_id: str) -> None:
         """The engine no longer runs an ending request. Harmless to repeat."""

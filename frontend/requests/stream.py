@@ -18,7 +18,17 @@ from frontend.requests.mailbox import Mailbox, OnDelta
 class RequestStream:
     """An async iterator over a request's events, the last of which carries its finish reason."""
 
-    __slots__ = ("__weakref__", "_drop", "_drop_later", "_is_done", "_mailbox")
+    __slots__ = (
+        "__weakref__",
+        "_drop",
+        "_drop_later",
+        "_is_done",
+        "_last",
+        "_logprobs",
+        "_mailbox",
+        "_prompt_logprobs",
+        "_text",
+    )
 
     def __init__(
         self,
@@ -34,6 +44,11 @@ class RequestStream:
         self._drop = drop
         self._drop_later = drop_later
         self._is_done = False
+        # What the iterator has given out, for `result`; the tokens lie in the mailbox.
+        self._text: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self._last: RequestOutput | None = None
 
     @property
     def request_id(self) -> str:
@@ -63,34 +78,37 @@ class RequestStream:
         except asyncio.CancelledError:
             self.close()
             raise
+        self._text.append(output.text)
+        self._logprobs += output.logprobs
+        self._prompt_logprobs = self._prompt_logprobs or output.prompt_logprobs
+        self._last = output
         return output
 
     async def result(self) -> RequestResult:
-        """Read to the end and return the totals of all events read here."""
-        text: list[str] = []
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        async for output in self:
-            prompt_logprobs = prompt_logprobs or output.prompt_logprobs
-            text.append(output.text)
-            token_ids.extend(output.token_ids)
-            logprobs.extend(output.logprobs)
-            if output.finish_reason is not None:
-                return RequestResult(
-                    request_id=output.request_id,
-                    text="".join(text),
-                    token_ids=tuple(token_ids),
-                    logprobs=tuple(logprobs),
-                    num_prompt_tokens=output.num_prompt_tokens,
-                    num_cached_tokens=output.num_cached_tokens,
-                    finish_reason=output.finish_reason,
-                    stop_reason=output.stop_reason,
-                    abort_cause=output.abort_cause,
-                    error=output.error,
-                    prompt_logprobs=prompt_logprobs,
-                )
-        raise RuntimeError(f"stream {self.request_id!r} was read to its end or closed before")
+        """Read to the end, and return the whole outcome, whatever of it was iterated over before.
+
+        Raises RuntimeError if the stream was closed.
+        """
+        async for _ in self:
+            pass
+        last = self._last
+        if last is None or last.finish_reason is None:
+            raise RuntimeError(f"stream {self.request_id!r} was closed before its end")
+        return RequestResult(
+            request_id=last.request_id,
+            text="".join(self._text),
+            token_ids=tuple(self._mailbox.token_ids),
+            logprobs=tuple(self._logprobs),
+            num_prompt_tokens=last.num_prompt_tokens,
+            num_cached_tokens=last.num_cached_tokens,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            abort_cause=last.abort_cause,
+            error=last.error,
+            prompt_logprobs=self._prompt_logprobs,
+            weight_spans=last.weight_spans,
+            resume_from=last.resume_from,
+        )
 
     # -- for a reader that is called -----------------------------------------------------------
 

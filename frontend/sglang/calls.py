@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from frontend.errors import DuplicateRequestIdError, InvalidRequestError
-from frontend.requests.intake import NewRequest
+from frontend.outputs import ResumeFrom
+from frontend.requests.new_request import NewRequest
+from frontend.requests.resume_from import read_resume_from
 from frontend.sampling_params import SamplingParams
 
 MAX_SAMPLES = 4096
@@ -46,6 +48,7 @@ _ONE_TOKEN = {
 """In place of `max_new_tokens` 0: the prompt is computed, and the end is always by length."""
 
 SamplingArgument = SamplingParams | Mapping[str, object] | None
+ResumeArgument = ResumeFrom | Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +81,14 @@ def read_call(
     priority: int | None = None,
     tags: Sequence[str] = (),
     timeout_s: float | None = None,
+    resume_from: ResumeArgument | Sequence[ResumeArgument] | None = None,
     others: Mapping[str, object] | None = None,
 ) -> GenerateCall:
     """Sort out the arguments of `generate`.
 
     `call_name` is a further name of the whole call. `others` are those of SGLang's arguments that
     have no parameter here; they may only ask for nothing. A higher `priority` runs first.
+    `resume_from` stands in the prompts' place; then `max_new_tokens` is by default what is left.
 
     Raises InvalidRequestError or ValueError for bad values and TypeError for an unknown argument.
     """
@@ -92,10 +97,12 @@ def read_call(
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
         if value not in NOT_SUPPORTED[name]:
             raise InvalidRequestError(f"{name}={value!r:.80} is not supported; leave it out")
-    texts, ids, is_batch = _prompts(prompt, input_ids)
-    num = len(texts)
+    prompts, is_batch = _prompts(prompt, input_ids, resume_from)
+    num = len(prompts)
     starts = _one_each("logprob_start_len", logprob_start_len, num)
     params_of_each = _one_each("sampling_params", sampling_params, num)
+    if resume_from is not None:
+        params_of_each = [_for_the_rest(params) for params in params_of_each]
     columns = zip(
         params_of_each,
         _one_each("return_logprob", return_logprob, num),
@@ -118,8 +125,7 @@ def read_call(
     is_alias = isinstance(rid, str) and call_name not in (None, rid)
     requests = tuple(
         NewRequest(
-            prompt=text,
-            prompt_token_ids=token_ids,
+            **one,
             sampling_params=params,
             request_id=request_id,
             batch_id=batch_id,
@@ -128,7 +134,7 @@ def read_call(
             tags=tags,
             timeout_s=timeout_s,
         )
-        for text, token_ids, each in zip(texts, ids, samples, strict=True)
+        for one, each in zip(prompts, samples, strict=True)
         for params, (request_id, batch_id) in zip(each, names, strict=False)
     )
     return GenerateCall(
@@ -154,25 +160,46 @@ def _asks_for_no_output(params: SamplingArgument) -> bool:
 
 
 def _prompts(
-    prompt: str | Sequence[str] | None, input_ids: Sequence[int] | Sequence[Sequence[int]] | None
-) -> tuple[list[str | None], list[Sequence[int] | None], bool]:
-    """Texts and token ids, one of them set for each prompt, and whether they came as a list."""
-    if (prompt is None) == (input_ids is None):
-        raise InvalidRequestError("give either a prompt text or input_ids, one of them")
+    prompt: str | Sequence[str] | None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    resume_from: ResumeArgument | Sequence[ResumeArgument] | None,
+) -> tuple[list[dict[str, Any]], bool]:
+    """Where each request begins, as a field of NewRequest, and whether they came as a list."""
+    if sum(given is not None for given in (prompt, input_ids, resume_from)) != 1:
+        raise InvalidRequestError(
+            "give either a prompt text or input_ids or resume_from, one of them"
+        )
     if not isinstance(prompt, Sequence | None):
         raise InvalidRequestError(f"prompt must be a str or a list of them, not {prompt!r:.80}")
     if prompt is not None:
-        is_batch = not isinstance(prompt, str)
-        texts: list[str | None] = [prompt] if isinstance(prompt, str) else list(prompt)
-        return texts, [None] * len(texts), is_batch
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        return [{"prompt": text} for text in texts], not isinstance(prompt, str)
+    if resume_from is not None:
+        is_batch = isinstance(resume_from, Sequence)
+        origins = resume_from if isinstance(resume_from, Sequence) else [resume_from]
+        return [{"resume_from": read_resume_from(origin)} for origin in origins], is_batch
     assert input_ids is not None
     num_lists = sum(isinstance(entry, Sequence) for entry in input_ids)
-    is_batch = num_lists > 0
-    if is_batch and num_lists < len(input_ids):
+    if 0 < num_lists < len(input_ids):
         raise InvalidRequestError("input_ids mixes token ids and lists of them; give one kind")
-    ids: list[Sequence[int] | None]
-    ids = list(input_ids) if is_batch else [input_ids]  # type: ignore[arg-type, list-item]
-    return [None] * len(ids), ids, is_batch
+    lists = input_ids if num_lists else [input_ids]
+    return [{"prompt_token_ids": ids} for ids in lists], num_lists > 0
+
+
+def _for_the_rest(params: SamplingArgument) -> SamplingArgument:
+    """The parameters of a request that is continued, by default with all tokens that are left."""
+    if isinstance(params, SamplingParams):
+        return params
+    params = {"max_new_tokens": None, **(params or {})}
+    if params.get("n") not in (None, 1):
+        raise InvalidRequestError(
+            f"n={params['n']!r:.80} cannot be had with resume_from; continue each sample by its own"
+        )
+    if _asks_for_no_output(params):
+        raise InvalidRequestError(
+            "max_new_tokens=0 cannot be had with resume_from; leave it out for all that is left"
+        )
+    return params
 
 
 def _names(

@@ -8,9 +8,10 @@ from typing import Any
 
 from frontend.errors import CALLERS_FAULTS
 from frontend.outputs import RequestOutput, RequestResult, TokenLogprobs
+from frontend.requests.resume_from import plain_resume_from, plain_weight_spans
 from frontend.sglang.calls import GenerateCall
 
-WEIGHT_VERSION = "default"
+UNLABELLED = "default"
 """SGLang's label of weights that nobody has labelled."""
 
 TokenText = Callable[[int], str]
@@ -44,15 +45,22 @@ class ResultBuilder:
         self._prompt: tuple[list[LogprobEntry], list[list[LogprobEntry] | None]] = ([], [])
 
     def add(
-        self, output: RequestOutput | RequestResult, prompt_token_ids: Sequence[int] = ()
+        self,
+        output: RequestOutput | RequestResult,
+        prompt_token_ids: Sequence[int] = (),
+        weight_version: str | None = None,
     ) -> dict[str, Any]:
-        """Take the next output; returns the dictionary for all of them so far."""
+        """Take the next output; returns the dictionary for all of them so far. `weight_version` is
+        the label of the weights that serve now, if they have one.
+        """
         if not self._is_prompt_only:
             self._text += output.text
             self._token_ids += output.token_ids
             self._logprobs += output.logprobs
         last_token_id = self._token_ids[-1] if self._token_ids else None
-        info = meta_info(output, len(self._token_ids), last_token_id, self._call.started_at_s)
+        info = meta_info(
+            output, len(self._token_ids), last_token_id, self._call.started_at_s, weight_version
+        )
         if self._num_top is not None:
             if output.prompt_logprobs:
                 self._prompt = prompt_entries(
@@ -73,17 +81,30 @@ def meta_info(
     num_output_tokens: int,
     last_token_id: int | None,
     started_at_s: float,
+    weight_version: str | None = None,
 ) -> dict[str, Any]:
-    """What is known beside the output itself; the log-probabilities are added by the caller."""
-    return {
+    """What is known beside the output itself; the log-probabilities are added by the caller.
+
+    `weight_version` is the label of the weights that serve now; a result names those that sampled
+    its last token.
+    """
+    if output.weight_spans:
+        weight_version = output.weight_spans[-1].version
+    info: dict[str, Any] = {
         "id": output.request_id,
         "finish_reason": _finish_reason(output, num_output_tokens, last_token_id),
         "prompt_tokens": output.num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "cached_tokens": output.num_cached_tokens,
-        "weight_version": WEIGHT_VERSION,
+        "weight_version": UNLABELLED if weight_version is None else weight_version,
         "e2e_latency": time.monotonic() - started_at_s,
     }
+    if output.finish_reason is not None:
+        spans = output.weight_spans if num_output_tokens else ()
+        info["weight_versions"] = plain_weight_spans(spans)
+    if output.resume_from is not None:
+        info["resume_from"] = plain_resume_from(output.resume_from)
+    return info
 
 
 def sampled_entries(

@@ -16,36 +16,34 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from frontend.async_engine import AsyncEngine
 from frontend.config import FrontendConfig
 from frontend.errors import EngineDeadError
 from frontend.outputs import AbortReceipt, RequestOutput
 from frontend.requests.stream import RequestStream
 from frontend.sglang.aborts import read_abort
-from frontend.sglang.calls import GenerateCall, SamplingArgument, read_call
+from frontend.sglang.calls import GenerateCall, ResumeArgument, SamplingArgument, read_call
 from frontend.sglang.results import ResultBuilder
+from frontend.sync.controls import EngineControls
 from frontend.sync.loop_thread import AsyncReader, BlockingReader, LoopThread
 from frontend.sync.sglang_arguments import EngineArguments, read_arguments
+from frontend.sync.start_up import start_engine
 from frontend.text.tokenizer import Tokenizer
 from ipc.lifecycle import EngineStatus
-from ipc.logs import LEVEL_VARIABLE
 
 Result = dict[str, Any]
 """{"text": str, "output_ids": [int], "meta_info": {...}}; in a streamed batch also "index"."""
-News = tuple[int, RequestOutput, Sequence[int]]
-"""(the request's place in its call, what is new, the prompt's token ids)."""
+News = tuple[int, RequestOutput, Sequence[int], str | None]
+"""(the request's place in its call, what is new, the prompt's token ids, the weights' label)."""
 Event = News | None
 """The first event, None, says that all prompts were accepted."""
 
 
-class Engine:
+class Engine(EngineControls):
     """A running engine. It keeps a thread and processes until `shutdown` or the end of the
     program."""
 
@@ -75,8 +73,7 @@ class Engine:
         self._has_text = not arguments.skip_tokenizer_init
         self._loop_thread = LoopThread("caesura-engine")
         try:
-            with _log_level(arguments.log_level):
-                self._engine = self._loop_thread.run(AsyncEngine.start(arguments.config))
+            self._engine = self._loop_thread.run(start_engine(arguments))
         except BaseException:
             self._loop_thread.stop()
             raise
@@ -97,22 +94,28 @@ class Engine:
         logprob_start_len: int | Sequence[int] | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        resume_from: ResumeArgument | Sequence[ResumeArgument] | None = None,
         **others: object,
     ) -> Any:
         """Generate from one prompt or a list of them, given as text or as token ids.
 
         Returns one dictionary, or a list for a list of prompts or for samples (`n`): `text`,
         `output_ids` and `meta_info` (`id`, `finish_reason`, `prompt_tokens`, `completion_tokens`,
-        `cached_tokens`, `weight_version`, `e2e_latency` in seconds, and with `return_logprob` the
-        log-probabilities). With `stream=True` it returns an iterator whose dictionaries grow; those
-        of a list carry `index`. `logprob_start_len` asks for the prompt's log-probabilities too.
+        `cached_tokens`, `weight_version`, `e2e_latency` in seconds, with `return_logprob` the
+        log-probabilities, and at the end `weight_versions`: which weights sampled which tokens).
+        With `stream=True` it returns an iterator whose dictionaries grow; those of a list carry
+        `index`. `logprob_start_len` asks for the prompt's log-probabilities too.
 
         `sampling_params` are SGLang's dictionary or SamplingParams. A string as `rid` of a list
         names all of it, its children being `rid_0`, `rid_1`, ... A higher `priority` runs first.
         `tags` are names by which many requests can be aborted at once.
 
-        An aborted request is a result with `finish_reason["type"] == "abort"`. Raises
-        InvalidRequestError (a ValueError) or EngineDeadError; then nothing was accepted.
+        An aborted request is a result with `finish_reason["type"] == "abort"`. Its
+        `meta_info["resume_from"]`, or a list of them, given in place of prompts goes on where it
+        ended, with new tokens only in the result; give the sampling parameters of before.
+
+        Raises InvalidRequestError (a ValueError), OverloadedError or EngineDeadError; then nothing
+        was accepted.
         """
         call = read_call(
             prompt,
@@ -124,6 +127,7 @@ class Engine:
             rid=rid,
             priority=priority,
             tags=tags,
+            resume_from=resume_from,
             others=others,
         )
         if stream:
@@ -148,6 +152,7 @@ class Engine:
         logprob_start_len: int | Sequence[int] | None = None,
         priority: int | None = None,
         tags: Sequence[str] = (),
+        resume_from: ResumeArgument | Sequence[ResumeArgument] | None = None,
         **others: object,
     ) -> Any:
         """`generate` for a running event loop, whichever; with `stream=True` returns an async
@@ -163,6 +168,7 @@ class Engine:
             rid=rid,
             priority=priority,
             tags=tags,
+            resume_from=resume_from,
             others=others,
         )
         if stream:
@@ -246,7 +252,10 @@ class Engine:
 
     async def _collect(self, call: GenerateCall) -> list[Result]:
         async def finish(index: int, stream: RequestStream) -> Result:
-            return self._builder(call, index).add(await stream.result(), stream.prompt_token_ids)
+            result = await stream.result()
+            return self._builder(call, index).add(
+                result, stream.prompt_token_ids, self._engine.weight_version
+            )
 
         streams = self._engine.accept(call.requests)
         return await asyncio.gather(*(finish(*place) for place in enumerate(streams)))
@@ -254,7 +263,7 @@ class Engine:
     async def _emit(self, call: GenerateCall, emit: Callable[[Event], object]) -> None:
         async def forward(index: int, stream: RequestStream) -> None:
             async for output in stream:
-                emit((index, output, stream.prompt_token_ids))
+                emit((index, output, stream.prompt_token_ids, self._engine.weight_version))
 
         streams = self._engine.accept(call.requests)
         emit(None)
@@ -281,25 +290,6 @@ class Engine:
 
 
 def _streamed(call: GenerateCall, builders: Sequence[ResultBuilder], event: News) -> Result:
-    index, output, prompt_token_ids = event
-    result = builders[index].add(output, prompt_token_ids)
+    index, output, prompt_token_ids, weight_version = event
+    result = builders[index].add(output, prompt_token_ids, weight_version)
     return result | {"index": index} if call.is_list else result
-
-
-@contextlib.contextmanager
-def _log_level(level: str | None) -> Iterator[None]:
-    """Give engines that start meanwhile a log level (SGLang's engine is quiet unless told), and
-    our own loggers, if one was asked for.
-    """
-    if level is not None:
-        for name in ("frontend", "ipc"):
-            logging.getLogger(name).setLevel(level)
-    before = os.environ.get(LEVEL_VARIABLE)
-    os.environ[LEVEL_VARIABLE] = level or before or "ERROR"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[LEVEL_VARIABLE]
-        else:
-            os.environ[LEVEL_VARIABLE] = before

@@ -39,6 +39,7 @@ _FRONTEND_NAMES = {
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 _OTHER_NAMES = (
     *("model_path", "model", "tokenizer_path", "skip_tokenizer_init", "log_level"),
+    "weight_version",
     *("max_total_tokens", "disable_radix_cache"),
 )
 _ONLY: dict[str, tuple[object, ...]] = {
@@ -55,7 +56,7 @@ _ONLY: dict[str, tuple[object, ...]] = {
 _IGNORED = frozenset(
     {
         *("trust_remote_code", "tokenizer_mode", "tokenizer_worker_num", "revision"),
-        *("download_dir", "weight_version", "skip_server_warmup", "warmups"),
+        *("download_dir", "skip_server_warmup", "warmups"),
         *("mem_fraction_static", "max_prefill_tokens"),
         *("schedule_policy", "schedule_conservativeness", "enable_priority_scheduling"),
         *("radix_eviction_policy", "retraction_policy", "load_balance_method"),
@@ -84,6 +85,8 @@ class EngineArguments:
     """Of this process's front end and of the engines; None leaves ours alone and quiets theirs."""
     skip_tokenizer_init: bool = False
     """Results have token ids and no text."""
+    weight_version: str | None = None
+    """The first label of the weights; None leaves it to the engines."""
 
 
 def read_arguments(keywords: Mapping[str, Any]) -> EngineArguments:
@@ -119,6 +122,7 @@ def read_arguments(keywords: Mapping[str, Any]) -> EngineArguments:
         ),
         log_level=_log_level(given.get("log_level")),
         skip_tokenizer_init=given.get("skip_tokenizer_init", False),
+        weight_version=given.get("weight_version"),
     )
 
 

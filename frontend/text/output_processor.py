@@ -4,6 +4,8 @@ Invariants
 - Text given out is final. The pieces, joined, are the decoded tokens, cut at the stop string.
 - A stop string ends the stream with the token that completes it: that token counts, later ones of
   the same delta do not.
+- A stream that continues another gives out new text only: what the other gave out is not repeated,
+  but may be the beginning of a character or a stop string that ends here.
 - A token that itself ended the request (EOS or a stop token) counts but has no text, unless
   `include_stop_str_in_output` asks for it.
 """
@@ -34,20 +36,36 @@ class ProcessedDelta(NamedTuple):
 class OutputProcessor:
     """The text of one stream."""
 
-    __slots__ = ("_detokenizer", "_ending_token_ids", "_min_tokens", "_num_tokens", "_stops")
+    __slots__ = (
+        "_detokenizer",
+        "_ending_token_ids",
+        "_min_tokens",
+        "_num_given_out",
+        "_num_tokens",
+        "_stops",
+    )
 
     def __init__(
         self,
         tokenizer: Tokenizer | None,
         sampling_params: SamplingParams,
         prompt_token_ids: Iterable[int] = (),
+        *,
+        earlier_token_ids: Sequence[int] = (),
+        stop_tail_text: str = "",
     ) -> None:
-        """Without a tokenizer, or with `detokenize=False`, tokens pass and have no text."""
+        """Without a tokenizer, or with `detokenize=False`, tokens pass and have no text.
+
+        The stream continues one that had `earlier_token_ids` and left `stop_tail_text`.
+        `sampling_params` are about its own tokens.
+        """
         self._detokenizer: IncrementalDetokenizer | None = None
         self._stops: StopStrings | None = None
         self._ending_token_ids: frozenset[int] = frozenset()
         self._min_tokens = sampling_params.min_tokens
         self._num_tokens = 0
+        self._num_given_out = 0
+        """Characters to come that the earlier stream gave out already."""
         if tokenizer is None or not sampling_params.detokenize:
             return
         self._detokenizer = IncrementalDetokenizer(
@@ -55,11 +73,14 @@ class OutputProcessor:
             skip_special_tokens=sampling_params.skip_special_tokens,
             prompt_token_ids=prompt_token_ids,
         )
+        self._detokenizer.add(earlier_token_ids)
         if sampling_params.stop:
             self._stops = StopStrings(
                 sampling_params.stop,
                 include_in_output=sampling_params.include_stop_str_in_output,
             )
+            self._stops.add(stop_tail_text, match=False)
+            self._num_given_out = len(self._stops.held_back)
         if not sampling_params.include_stop_str_in_output:
             self._ending_token_ids = sampling_params.ending_token_ids(tokenizer.eos_token_ids)
 
@@ -86,11 +107,32 @@ class OutputProcessor:
         for num_used, token_id in enumerate(token_ids, start=1):
             found = stops.add(detokenizer.add((token_id,)), match=num_used > num_exempt)
             if isinstance(found, StopMatch):
-                return ProcessedDelta("".join(pieces) + found.text, num_used, found.stop)
+                return ProcessedDelta(self._new((*pieces, found.text)), num_used, found.stop)
             pieces.append(found)
         if finished:
             found = stops.add(detokenizer.finish(), match=num_tokens > num_exempt)
             if isinstance(found, StopMatch):
-                return ProcessedDelta("".join(pieces) + found.text, num_tokens, found.stop)
+                return ProcessedDelta(self._new((*pieces, found.text)), num_tokens, found.stop)
             pieces += found, stops.finish()
-        return ProcessedDelta("".join(pieces), num_tokens)
+        return ProcessedDelta(self._new(pieces), num_tokens)
+
+    @property
+    def stop_tail_text(self) -> str:
+        """The end of the text so far that may be the beginning of a stop string."""
+        return "" if self._stops is None else self._stops.held_back
+
+    def break_off(self) -> str:
+        """The text held back for a stop string, now that the stream ends before its time.
+
+        Half a character is left to whatever continues the stream.
+        """
+        return "" if self._stops is None else self._new((self._stops.finish(),))
+
+    def _new(self, pieces: Iterable[str]) -> str:
+        """The pieces as one, without what the earlier stream gave out."""
+        text = "".join(pieces)
+        if self._num_given_out:
+            num_old = min(self._num_given_out, len(text))
+            self._num_given_out -= num_old
+            return text[num_old:]
+        return text

@@ -37,8 +37,12 @@ class StopStrings:
         self._stops = tuple(stops)
         self._include = include_in_output
         self._held_back = ""
-        """The longest end of the text so far that begins a stop string."""
         self._longest, self._first, self._inner = _characters(self._stops)
+
+    @property
+    def held_back(self) -> str:
+        """The longest end of the text so far that begins a stop string."""
+        return self._held_back
 
     def add(self, text: str, *, match: bool = True) -> str | StopMatch:
         """Take the next piece of text; returns what may be given out, or the match, which is final.

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection as MultiprocessingConnection
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import uvloop
 
@@ -97,7 +97,7 @@ class Connection(asyncio.Protocol):
         """Bytes of a body whose length is known."""
 
     @classmethod
-    async def open(cls, port: int, *, reset_on_close: bool = False) -> Connection:
+    async def open(cls, port: int, *, reset_on_close: bool = False) -> Self:
         """Connect to a server of this machine. Raises OSError."""
         loop = asyncio.get_running_loop()
         sock = socket.socket()

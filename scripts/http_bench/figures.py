@@ -23,6 +23,11 @@ def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: median(run[name] for run in runs) for name in runs[0]}
 
 
+def totals(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure over the repeats."""
+    return {name: sum(run[name] for run in runs) for name in runs[0]}
+
+
 def print_table(title: str, columns: Mapping[str, Mapping[str, float | str]]) -> None:
     """One column for each server, one row for each figure."""
     names = list(next(iter(columns.values())))
@@ -37,6 +42,8 @@ def print_table(title: str, columns: Mapping[str, Mapping[str, float | str]]) ->
 def _cell(value: float | str) -> str:
     if isinstance(value, str):
         return value
+    if math.isnan(value):
+        return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.2f}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_core.batch import JoinedSequence
+from engine_core.batch import NO_TOKEN, JoinedSequence
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import uniform_draws
 from ipc.output import LogprobsLists
@@ -317,6 +318,47 @@ class RecordedOps(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+BROKEN_ROWS = {
+    "all NaN": [torch.nan] * 100,
+    "one NaN": [*[0.5] * 99, torch.nan],
+    "one infinity": [0.5, torch.inf, *[0.5] * 98],
+    "nothing but minus infinities": [-torch.inf] * 100,
+}
+
+
+@pytest.mark.parametrize("row", BROKEN_ROWS.values(), ids=BROKEN_ROWS)
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        SamplingParams(),
+        SamplingParams(min_p=0.1, top_k=7, top_p=0.5),
+        SamplingParams(top_k=90, top_p=0.999),
+        SamplingParams(presence_penalty=1.0, repetition_penalty=1.2, logprobs=3),
+        SamplingParams(temperature=0.0, logit_bias={3: 5.0}, logprobs=0),
+    ],
+    ids=range(6),
+)
+def test_L2_a_row_that_is_not_finite_gets_no_token_and_its_neighbours_get_theirs(
+    row: list[float], params: SamplingParams
+) -> None:
+    logits = make_logits(3, 100)
+    for among in ([GREEDY, params, GREEDY], [params] * 3):
+        sampler = Sampler(3, 100, CPU, seed=0)
+        for slot, each in enumerate(among):
+            join(sampler, slot, replace(each, seed=7))
+        expected, of_expected = sample(sampler, logits[[0, 2]], [0, 2], [1, 1])
+        for slot, each in enumerate(among):
+            join(sampler, slot, replace(each, seed=7))
+        broken = logits.clone()
+        broken[1] = torch.tensor(row)
+        tokens, of_rows = sample(sampler, broken, [0, 1, 2], [1, 1, 1])
+        assert tokens == [expected[0], NO_TOKEN, expected[1]]
+        assert min(expected) >= 0
+        for slot, of_row in of_expected.items():
+            assert np.array_equal(of_rows[slot].logprobs, of_row.logprobs)
+
+
 def test_nobody_pays_for_features_that_no_row_uses() -> None:
     sampler = Sampler(8, 100, CPU, seed=0)
     for slot in range(4):
@@ -325,7 +367,8 @@ def test_nobody_pays_for_features_that_no_row_uses() -> None:
     logits = make_logits(8, 100)
     with RecordedOps() as greedy:
         sample(sampler, logits[:4], range(4), [1] * 4)
-    assert greedy.names <= {"slice", "clone", "argmax", "detach"}
+    of_largest = {"unsqueeze", "gather", "select"}
+    assert greedy.names <= {"slice", "clone", "argmax", "detach"} | of_largest
     with RecordedOps() as drawn:
         sample(sampler, logits, range(8), [1] * 8)
     assert "cumsum" in drawn.names

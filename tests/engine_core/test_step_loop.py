@@ -11,6 +11,7 @@ from engine_core.core import EngineCore
 from engine_core.fake_runner import FakeRunner, expected_tokens
 from engine_core.outbox import Outgoing
 from engine_core.process.intake import Failure, Intake, Received, Shutdown
+from engine_core.process.job_thread import JobThread
 from engine_core.process.step_loop import StepLoop
 from ipc.frames import InputError
 from ipc.output import EngineCoreOutput, FinishReason
@@ -29,7 +30,8 @@ class Driven:
         self.core = EngineCore(limits, runner)
         self.intake = Intake()
         self.frames: list[Outgoing] = []
-        self.loop = StepLoop(self.core, self.intake, self.frames.append)
+        jobs = JobThread(self.intake)
+        self.loop = StepLoop(self.core, self.intake, self.frames.append, jobs.start)
 
     def add(self, request_id: str, *, max_tokens: int = 8) -> None:
         request = EngineCoreRequest(

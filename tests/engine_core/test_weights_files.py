@@ -12,9 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine_core.model.config import read_model_config
-from engine_core.model.decoder import Decoder
 from engine_core.model.errors import ModelError
-from engine_core.model.weights import Checkpoint, model_directory, stored_dtype
+from engine_core.model.loader import load_parts
+from engine_core.model.parts import Parts, PartsForm
+from engine_core.model.weights import (
+    Checkpoint,
+    local_model_directory,
+    model_directory,
+    stored_dtype,
+    weight_paths,
+)
 from tests.support.tiny_models import CONFIGS, save_model
 
 CPU = torch.device("cpu")
@@ -22,9 +29,8 @@ EMBEDDING = "model.embed_tokens.weight"
 LAYER = "model.layers.1."
 
 
-def load(directory: Path) -> Decoder:
-    checkpoint = Checkpoint(directory, torch.float32, CPU)
-    return Decoder(read_model_config(directory), checkpoint, max_model_len=16)
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> Parts:
+    return load_parts(read_model_config(directory), directory, PartsForm(dtype=dtype, device=CPU))
 
 
 def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -49,8 +55,7 @@ def test_shards_named_by_an_index_are_all_read(tmp_path: Path) -> None:
     sharded = save_model(tmp_path / "sharded", config(), max_shard_size="200KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 1
     for name, tensor in load_file(whole / "model.safetensors").items():
-        shape = tuple(tensor.shape)
-        assert torch.equal(Checkpoint(sharded, torch.float32, CPU).read(name, *shape), tensor)
+        assert torch.equal(Checkpoint(weight_paths(sharded)).read(name), tensor)
     load(sharded)
 
 
@@ -64,17 +69,16 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_tensors_are_converted_and_stacked(llama: Path) -> None:
-    checkpoint = Checkpoint(llama, torch.bfloat16, CPU)
     names = [f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv"]
-    stacked = checkpoint.read_stacked(names, [128, 64, 64], 128)
+    stacked = load(llama, torch.bfloat16).linears[f"{LAYER}self_attn.qkv_proj"].weight
     tensors = load_file(llama / "model.safetensors")
     expected = torch.cat([tensors[name] for name in names]).bfloat16()
     assert torch.equal(stacked, expected)
 
 
 def test_a_checkpoint_rewritten_in_place_does_not_change_what_was_read(llama: Path) -> None:
-    """Files are memory mapped, so a view would see the new bytes."""
-    tensor = Checkpoint(llama, torch.float32, CPU).read("model.norm.weight", 128)
+    """It is memory of its own, no view of the file."""
+    tensor = load(llama).tensors["model.norm.weight"]
     before = tensor.clone()
     with open(llama / "model.safetensors", "r+b") as file:
         size = file.seek(0, 2)
@@ -109,6 +113,12 @@ def test_integer_weights_are_refused(llama: Path) -> None:
         load(llama)
 
 
+def test_L12_a_name_without_end_is_cut_in_the_message(llama: Path) -> None:
+    edit_weights(llama, lambda tensors: tensors.update({"x" * 900: torch.zeros(1)}))
+    with pytest.raises(ModelError, match=r"such as x{100} \(the nearest"):
+        load(llama)
+
+
 def test_a_tied_checkpoint_may_store_the_shared_matrix_twice(tied_llama: Path) -> None:
     load(tied_llama)
     edit_weights(tied_llama, lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
@@ -118,6 +128,43 @@ def test_a_tied_checkpoint_may_store_the_shared_matrix_twice(tied_llama: Path) -
 def test_rotary_tables_of_old_checkpoints_are_passed_over(llama: Path) -> None:
     name = f"{LAYER}self_attn.rotary_emb.inv_freq"
     edit_weights(llama, lambda tensors: tensors.update({name: torch.zeros(16)}))
+    load(llama)
+
+
+@pytest.mark.parametrize("shape", [(2**16 + 1,), (4, 4), ()])
+def test_L12_what_can_be_no_rotary_table_is_not_passed_over(
+    shape: tuple[int, ...], llama: Path
+) -> None:
+    name = f"{LAYER}self_attn.rotary_emb.inv_freq"
+    edit_weights(llama, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    with pytest.raises(ModelError, match="a rotary table has one dimension, of at most 65536"):
+        load(llama)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_L10_a_model_with_values_that_are_not_finite_is_not_loaded(
+    value: float, llama: Path
+) -> None:
+    name = f"{LAYER}mlp.up_proj.weight"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3, 5] = tensors[name][7, 1] = value
+
+    edit_weights(llama, spoil)
+    with pytest.raises(ModelError, match=rf"'{name}' holds 2 values of \d+ that are not finite"):
+        load(llama)
+
+
+def test_L10_values_that_the_models_dtype_cannot_hold_are_not_finite_either(llama: Path) -> None:
+    edit_weights(llama, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    load(llama)
+    with pytest.raises(ModelError, match=r"'model\.norm\.weight' holds 128 .* finite in float16"):
+        load(llama, torch.float16)
+
+
+def test_infinities_that_are_no_weights_harm_nobody(llama: Path) -> None:
+    name = f"{LAYER}self_attn.rotary_emb.inv_freq"
+    edit_weights(llama, lambda tensors: tensors.update({name: torch.full((16,), torch.inf)}))
     load(llama)
 
 
@@ -149,12 +196,36 @@ def test_a_broken_index_is_named(llama: Path) -> None:
 
 def test_paths_that_are_no_directory_are_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     for path in (str(tmp_path / "absent"), "./absent", "~/absent", "a/b/c"):
-        with pytest.raises(ModelError, match="there is no such directory"):
-            model_directory(path)
+        for find in (model_directory, local_model_directory):
+            with pytest.raises(ModelError, match=f"{path} does not exist on the engine's machine"):
+                find(path)
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match="is a file"):
         model_directory(str(tmp_path / "file"))
     assert model_directory(str(tmp_path)) == tmp_path
+
+
+def test_a_hub_id_of_an_update_is_looked_up_among_downloads_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match=r"^some/model does not exist.*neither as a directory nor"):
+        local_model_directory("some/model")
+    repository = tmp_path / "models--some--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    assert local_model_directory("some/model") == snapshot
+
+
+def test_a_home_directory_may_be_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert local_model_directory("~/model") == tmp_path / "model"
 
 
 def test_an_unknown_hub_id_is_refused_without_network_when_offline(

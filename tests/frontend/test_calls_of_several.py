@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from frontend.errors import DuplicateRequestIdError, InvalidRequestError, OverloadedError
-from frontend.requests.intake import NewRequest
+from frontend.requests.new_request import NewRequest
 from frontend.sampling_params import SamplingParams
 from tests.support.auto_answers import AutoAnswers
 from tests.support.mock_fleet import mock_fleet

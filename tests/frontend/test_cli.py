@@ -78,7 +78,11 @@ async def rest_of(process: asyncio.subprocess.Process) -> str:
     [
         ("serve --colour", "--colour"),
         ("serve --max-num-seq 4", "--max-num-seq"),
-        ("serve --tensor-parallel-size 2", "caesura serve --help"),
+        ("serve --tensor-parallel-size 2", "one engine is one GPU; --data-parallel-size N"),
+        ("serve --gpu-memory-utilization=0.9", "--kv-cache-memory-bytes"),
+        ("serve --model m", "caesura serve MODEL"),
+        ("serve --prot 80", "did you mean --port? (see caesura serve --help)"),
+        ("serve --seed -1", "seed=-1 must not be negative"),
         ("serve --port high", "'high'"),
         ("serve --port 70000", "port=70000"),
         ("serve --dtype float8", "dtype='float8'"),
@@ -155,6 +159,7 @@ def test_every_flag_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--host", "::1", "--port", "81", "--api-key", "a", "--admin-api-key", "b"),
         *("--max-body-bytes", "1", "--max-connections", "2", "--max-unread-tokens", "3"),
         *("--shutdown-timeout", "1.5", "--strict-selectors", "--log-requests"),
+        "--hold-while-paused",
         *("--max-num-queued-requests", "4", "--max-num-queued-tokens", "5"),
         *("--log-format", "json"),
     )
@@ -168,6 +173,7 @@ def test_every_flag_reaches_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
         max_unread_tokens=3,
         shutdown_timeout_s=1.5,
         strict_selectors=True,
+        hold_while_paused=True,
         log_requests=True,
     )
     assert config == FrontendConfig(max_num_queued_requests=4, max_num_queued_tokens=5)

@@ -41,7 +41,7 @@ async def test_L1_a_request_that_its_engine_let_go_without_a_terminal_ends_with_
         await engines[0].send_tokens(gone, [9])
         await engines[0].send(EngineCoreOutputs(finished_requests=[gone]))
         result = await asyncio.wait_for(stream.result(), 5)
-        assert (result.finish_reason, result.token_ids) == ("error", (9,))
+        assert (result.finish_reason, result.token_ids[-1:]) == ("error", (9,))
         assert result.error is not None
         assert "engine 0 let the request go" in result.error.message
         assert frontend.num_live_requests == 1
@@ -56,3 +56,19 @@ async def test_L12_an_engine_cannot_let_another_ones_request_go() -> None:
         assert frontend.num_live_requests == 2
         stream.close()
         other_stream.close()
+
+
+async def test_L11_a_departure_that_was_told_in_a_damaged_frame_is_asked_for_again() -> None:
+    async with mock_fleet() as (frontend, [engine]):
+        engine.confirms_aborts = False
+        stream = frontend.generate(prompt_token_ids=[1], sampling_params=LONG)
+        request = await engine.next_add()
+        stream.close()
+        assert await engine.next_abort() == [request.request_id]
+        engine.confirms_aborts = True
+        await engine.send_frame(b"no outputs frame at all")
+        assert await engine.next_abort() == [request.request_id]
+        async with asyncio.timeout(5):
+            while frontend.num_ending_requests:  # noqa: ASYNC110  # no event to await
+                await asyncio.sleep(0.005)
+        assert list(frontend.num_in_flight) == [0]

@@ -50,6 +50,7 @@ async def test_one_prompt_gives_one_object() -> None:
             "completion_tokens": 4,
             "cached_tokens": 0,
             "weight_version": "default",
+            "weight_versions": [{"version": "default", "start": 0, "end": 4}],
         }
 
 
@@ -377,6 +378,16 @@ async def test_the_model_and_the_server_tell_about_themselves() -> None:
         server = (await client.get("/server_info")).json()
         assert server["dp_size"] == 1
         assert server["context_length"] == engine.max_model_len
+        assert "vllm_config" not in server
+
+
+async def test_server_info_has_vllms_shape_for_those_who_ask_as_vllms_clients_do() -> None:
+    async with served() as (client, engine):
+        config = (await client.get("/server_info?config_format=json")).json()["vllm_config"]
+        assert config["model_config"]["dtype"] == f"torch.{engine.dtype}"
+        assert config["model_config"]["max_model_len"] == engine.max_model_len
+        assert config["parallel_config"]["data_parallel_size"] == 1
+        assert (await client.get("/server_info?config_format=text")).status == 400
 
 
 async def test_health_generate_is_503_unless_a_step_loop_answers(

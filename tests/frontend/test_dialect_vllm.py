@@ -59,6 +59,7 @@ async def test_token_ids_in_token_ids_out() -> None:
                     "token_ids": mock_tokens([5, 6], 3),
                     "logprobs": None,
                     "finish_reason": "length",
+                    "weight_versions": [{"version": "default", "start": 0, "end": 3}],
                 }
             ],
             "usage": usage(2, 3),

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -46,8 +47,14 @@ async def run(command: str, program: str, directory: Path, url: str) -> tuple[st
     """What a command prints, and the HTTP status of each of its calls. Its `sleep` takes as long as
     it must until tokens come.
     """
+    statuses = Path(tempfile.mkdtemp(dir=directory))
+    # A file for each call: two that end at once would write between each other's digits.
     script = f"""
-        curl() {{ {program} --max-time 20 -w '%{{stderr}}%{{http_code}}\n' "$@"; echo; }}
+        curl() {{
+            {program} --max-time 20 -w '%{{stderr}}%{{http_code}}\n' "$@" 2>$(mktemp -p {statuses})
+            echo
+        }}
+        caesura() {{ PYTHONPATH="{REPOSITORY}" "{sys.executable}" -P -m frontend.cli "$@"; }}
         sleep() {{
             until {program} -s {url}/requests | grep -q '"num_output_tokens":[1-9]'; do
                 command sleep 0.05
@@ -62,9 +69,11 @@ async def run(command: str, program: str, directory: Path, url: str) -> tuple[st
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    output, statuses = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == 0, f"{command}\n{output.decode()}\n{statuses.decode()}"
-    return output.decode().replace("\r\n", "\n"), [int(line) for line in statuses.split()]
+    output, errors = await asyncio.wait_for(process.communicate(), 30)
+    told = await asyncio.to_thread(lambda: [path.read_text() for path in statuses.iterdir()])
+    assert process.returncode == 0, f"{command}\n{output.decode()}\n{errors.decode()}\n{told}"
+    printed = output.decode().replace("\r\n", "\n").replace(url, BASE_URL)
+    return printed, [int(status) for status in told]
 
 
 def values(text: str) -> Iterator[object]:
@@ -129,7 +138,7 @@ async def test_every_example_prints_what_the_page_says(program: str, tmp_path: P
 
 async def test_the_page_has_every_route_and_no_other() -> None:
     tables = "".join(re.findall(r"^\|.*\n", PAGE.split("## Which ids")[0], re.MULTILINE))
-    told = set(re.findall(r"`(GET|POST|PUT) (/[^`]+)`", tables))
+    told = set(re.findall(r"`(GET|POST|PUT|DELETE) (/[^`]+)`", tables))
     async with served_engine(FrontendConfig()) as served:
         paths = (await served.http.get("/openapi.json")).json()["paths"]
     served_routes = {
@@ -143,7 +152,7 @@ def test_every_row_of_a_route_table_has_an_example() -> None:
     called = set(re.findall(BASE_URL + r"(/[^\s'\"?]*)", commands))
     rows = re.findall(r"^\|(.*?)\|.*\n", PAGE.split("## Which ids")[0], re.MULTILINE)
     for row in rows:
-        paths = re.findall(r"`(?:GET|POST|PUT) (/[^`]+)`", row)
+        paths = re.findall(r"`(?:GET|POST|PUT|DELETE) (/[^`]+)`", row)
         patterns = [re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(path)) for path in paths]
         found = any(re.fullmatch(pattern, path) for pattern in patterns for path in called)
         assert found or not paths, f"no example for{row}"

@@ -9,7 +9,7 @@ import pytest
 
 from frontend.config import FrontendConfig
 from frontend.outputs import AbortCause
-from frontend.requests.intake import NewRequest
+from frontend.requests.new_request import NewRequest
 from frontend.sampling_params import SamplingParams
 from frontend.text.output_processor import OutputProcessor
 from tests.support.auto_answers import AutoAnswers

@@ -16,13 +16,14 @@ from tests.support.event_loops import event_loop_policy
 __all__ = ["event_loop_policy"]
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy. fixture")
 
+NOT_FOUND = b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n"
 GET_NOW = b"GET /now?a=1 HTTP/1.1\r\nHost: x\r\n\r\n"
 POST_ECHO = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello"
 CHUNKED_ECHO = (
     b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"2\r\nhe\r\n3;extension=1\r\nllo\r\n0\r\nX-Request-Id: trailer\r\n\r\n"
 )
-CLOSE_NOW = b"GET /now HTTP/1.1\r\nConnection: close\r\n\r\n"
+CLOSE_NOW = b"GET /now HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 def now(exchange: Exchange) -> None:
@@ -119,7 +120,7 @@ async def test_a_request_may_arrive_in_pieces_split_anywhere(
 
 async def test_pipelined_requests_are_answered_in_order(server: BareServer) -> None:
     client = await server.connect()
-    slow = [b"GET /later?n=%d HTTP/1.1\r\n\r\n" % number for number in range(3)]
+    slow = [b"GET /later?n=%d HTTP/1.1\r\nHost: x\r\n\r\n" % number for number in range(3)]
     client.write(slow[0] + GET_NOW + slow[1] + POST_ECHO + CHUNKED_ECHO + slow[2] + GET_NOW)
     bodies = [(await client.answer()).body for _ in range(7)]
     assert [b"later" in body for body in bodies] == [True, False, True, False, False, True, False]
@@ -140,16 +141,31 @@ async def test_a_refused_request_is_answered_in_its_turn_and_others_follow(
     server: BareServer,
 ) -> None:
     client = await server.connect()
-    client.write(b"GET /later HTTP/1.1\r\n\r\nGET /nope HTTP/1.1\r\n\r\n" + GET_NOW)
+    client.write(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n" + NOT_FOUND + GET_NOW)
     assert [(await client.answer()).status for _ in range(3)] == [200, 404, 200]
-    client.write(b"GET /nope HTTP/1.1\r\n\r\n" + GET_NOW)
+    client.write(NOT_FOUND + GET_NOW)
     assert [(await client.answer()).status for _ in range(2)] == [404, 200]
+
+
+async def test_a_request_of_http_1_1_without_a_host_is_refused(server: BareServer) -> None:
+    client = await server.connect()
+    client.write(b"GET /now HTTP/1.1\r\n\r\n" + GET_NOW)
+    refusal = await client.answer()
+    assert refusal.status == 400
+    assert "Host" in refusal.json["error"]["message"]
+    assert (await client.answer()).status == 200
+    older = await server.connect()
+    older.write(b"GET /now HTTP/1.0\r\n\r\n")
+    assert (await older.answer()).status == 200
 
 
 async def test_garbage_behind_good_requests_is_answered_last(server: BareServer) -> None:
     client = await server.connect()
     client.write(
-        b"GET /later HTTP/1.1\r\n\r\n" + GET_NOW + b"\x16\x03\x01 garbage\r\n\r\n" + GET_NOW
+        b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n"
+        + GET_NOW
+        + b"\x16\x03\x01 garbage\r\n\r\n"
+        + GET_NOW
     )
     assert [(await client.answer()).status for _ in range(3)] == [200, 200, 400]
     assert await client.rest() == b""
@@ -178,7 +194,7 @@ async def test_http_1_0_may_be_kept_alive_and_gets_no_chunks(server: BareServer)
 
 async def test_a_stream_is_chunked_and_the_connection_serves_on(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"GET /stream HTTP/1.1\r\n\r\n" * 2)
+    client.write(b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
     for _ in range(2):
         answer = await client.answer()
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -187,7 +203,8 @@ async def test_a_stream_is_chunked_and_the_connection_serves_on(server: BareServ
 
 async def test_head_is_get_without_the_body(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"HEAD /now HTTP/1.1\r\n\r\nHEAD /nope HTTP/1.1\r\n\r\n" + GET_NOW)
+    head_now = b"HEAD /now HTTP/1.1\r\nHost: x\r\n\r\n"
+    client.write(head_now + head_now.replace(b"/now", b"/nope") + GET_NOW)
     head = await client.answer(to_head=True)
     assert int(head.headers["content-length"]) > 0
     assert (await client.answer(to_head=True)).status == 404
@@ -203,7 +220,7 @@ async def test_a_client_that_expects_100_continue_is_told_or_refused(
     assert (await client.answer()).status == 100
     client.write(body)
     assert (await client.answer()).body == b"hello"
-    client.write(b"POST /nope HTTP/1.1\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+    client.write(head.replace(b"/echo", b"/nope") + b"\r\nExpect: 100-continue\r\n\r\n")
     refusal = await client.answer()
     assert (refusal.status, refusal.headers["connection"]) == (404, "close")
 
@@ -234,12 +251,12 @@ async def test_curl_is_served_with_any_version_of_http(server: BareServer) -> No
 async def test_a_target_may_be_absolute_and_its_path_encoded(server: BareServer) -> None:
     client = await server.connect()
     for target in (b"http://host:80/now?a=1", b"HTTPS://h/now?a=1", b"/n%6fw?a=1"):
-        client.write(b"GET %b HTTP/1.1\r\n\r\n" % target)
+        client.write(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
         assert (await client.answer()).json["query"] == {"a": ["1"]}
     for target, name in ((b"a", "a"), (b"a%2Fb%20%C3%A9", "a/b é"), (b"org/m", "org/m")):
-        client.write(b"GET /items/%b HTTP/1.1\r\n\r\n" % target)
+        client.write(b"GET /items/%b HTTP/1.1\r\nHost: x\r\n\r\n" % target)
         assert (await client.answer()).json == {"name": name}
-    client.write(b"GET /items/{name} HTTP/1.1\r\n\r\n")
+    client.write(b"GET /items/{name} HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (await client.answer()).json == {"name": "{name}"}
 
 
@@ -247,12 +264,12 @@ async def test_an_unknown_route_names_the_nearest_and_a_wrong_method_the_right_o
     server: BareServer,
 ) -> None:
     client = await server.connect()
-    client.write(b"GET /nwo HTTP/1.1\r\n\r\nDELETE /now HTTP/1.1\r\n\r\n")
+    client.write(b"GET /nwo HTTP/1.1\r\nHost: x\r\n\r\nDELETE /now HTTP/1.1\r\nHost: x\r\n\r\n")
     unknown, wrong = await client.answer(), await client.answer()
     assert (unknown.status, wrong.status) == (404, 405)
     assert "did you mean /now?" in unknown.error["message"]
     assert wrong.headers["allow"] == "GET, POST"
-    client.write(b"GET /%b HTTP/1.1\r\n\r\n" % (b"now" * 10000))
+    client.write(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"now" * 10000))
     long = await client.answer()
     assert long.status == 404
     assert len(long.body) < 1000
@@ -263,15 +280,15 @@ async def test_the_request_id_is_echoed_and_cannot_carry_another_header(
 ) -> None:
     client = await server.connect()
     for value in (b"mine", "ü".encode("latin-1"), b"a: b; c=%0d%0aX-Evil: 1"):
-        client.write(b"GET /now HTTP/1.1\r\nX-Request-ID: %b\r\n\r\n" % value)
+        client.write(b"GET /now HTTP/1.1\r\nHost: x\r\nX-Request-ID: %b\r\n\r\n" % value)
         answer = await client.answer()
         assert answer.headers["x-request-id"].encode("latin-1") == value
         assert "x-evil" not in answer.headers
-    client.write(b"GET /now HTTP/1.1\r\nX-Request-ID: %b\r\n\r\n" % (b"x" * 300))
+    client.write(b"GET /now HTTP/1.1\r\nHost: x\r\nX-Request-ID: %b\r\n\r\n" % (b"x" * 300))
     assert "x-request-id" not in (await client.answer()).headers
     for value in (b"a\rX-Evil: 1", b"a\nX-Evil: 1", b"a\r\n X-Evil: 1", b"a\0"):
         client = await server.connect()
-        client.write(b"GET /now HTTP/1.1\r\nX-Request-ID: %b\r\n\r\n" % value)
+        client.write(b"GET /now HTTP/1.1\r\nHost: x\r\nX-Request-ID: %b\r\n\r\n" % value)
         answer = await client.answer()
         assert answer.status == 400
         assert not {"x-evil", "x-request-id"} & set(answer.headers)
@@ -282,7 +299,7 @@ async def test_a_fault_of_ours_is_a_500_that_tells_nothing_of_the_inside(
     server: BareServer, path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = await server.connect()
-    client.write(f"GET /{path} HTTP/1.1\r\n\r\n".encode())
+    client.write(f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     answer = await client.answer()
     assert (answer.status, answer.error["type"]) == (500, "server_error")
     assert b"inside" not in answer.body
@@ -293,7 +310,7 @@ async def test_a_fault_amid_a_stream_breaks_it_off_without_a_proper_end(
     server: BareServer,
 ) -> None:
     client = await server.connect()
-    client.write(b"GET /fault-amid-stream HTTP/1.1\r\n\r\n")
+    client.write(b"GET /fault-amid-stream HTTP/1.1\r\nHost: x\r\n\r\n")
     with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
         await client.answer()
     await server.wait_for_connections(0)

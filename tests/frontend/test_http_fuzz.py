@@ -11,7 +11,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ CHECKS = (
     "unsupported_method",
     "allow_header_conformance",
 )
+
+PAUSES = ("/v1/pause", "/pause", "/pause_generation")
+"""They change what the others answer, so they are fuzzed by themselves."""
 
 CHAT_BODY = {
     "messages": [{"role": "user", "content": [{"type": "text", "text": "def f"}]}],
@@ -113,6 +116,7 @@ async def bundled() -> AsyncIterator[ServedEngine]:
 
 
 async def assert_as_good_as_new(served: ServedEngine) -> None:
+    await served.engine.resume()
     await served.wait_until_idle(timeout_s=20)
     assert (await served.http.get("/requests")).json() == {"requests": []}
     assert (await served.http.get("/health")).status_code == 200
@@ -125,13 +129,20 @@ async def assert_as_good_as_new(served: ServedEngine) -> None:
 
 
 async def fuzz_by_page(
-    served: ServedEngine, folder: Path, *, num_examples: int, phases: str
+    served: ServedEngine,
+    folder: Path,
+    *,
+    num_examples: int,
+    phases: str,
+    checks: Sequence[str] = CHECKS,
+    choice: str = "--exclude-path",
 ) -> None:
-    """Raises AssertionError with what schemathesis found."""
+    """All but the pauses, or only these. Raises AssertionError with what schemathesis found."""
     url = f"http://127.0.0.1:{served.port}"
     process = await asyncio.create_subprocess_exec(
         *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json"),
-        *("--url", url, "--checks", ",".join(CHECKS), "--phases", phases),
+        *("--url", url, "--checks", ",".join(checks), "--phases", phases),
+        *(word for path in PAUSES for word in (choice, path)),
         *("--seed", str(SEED), "--max-examples", str(num_examples), "--request-timeout", "100"),
         *("--no-color", "--generation-database", "none"),
         cwd=folder,
@@ -153,6 +164,15 @@ async def test_L11_requests_made_from_the_page_are_answered_as_it_says(
     bundled: ServedEngine, tmp_path: Path
 ) -> None:
     await fuzz_by_page(bundled, tmp_path, num_examples=8, phases="fuzzing")
+
+
+async def test_L9_pauses_made_from_the_page_are_answered_as_it_says(
+    bundled: ServedEngine, tmp_path: Path
+) -> None:
+    """A pause that is given no time is a 504, as the page cannot say of which."""
+    checks = [check for check in CHECKS if check != "not_a_server_error"]
+    options: dict[str, Any] = {"checks": checks, "choice": "--include-path"}
+    await fuzz_by_page(bundled, tmp_path, num_examples=8, phases="fuzzing", **options)
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_polic
 
 MAX_BODY_BYTES = 100_000
 LARGE = b"x" * 500_000
-GET_NOW = b"GET /now HTTP/1.1\r\n\r\n"
-GET_LARGE = b"GET /large HTTP/1.1\r\n\r\n"
+GET_NOW = b"GET /now HTTP/1.1\r\nHost: x\r\n\r\n"
+GET_LARGE = b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
 num_handled = 0
 
 
@@ -82,7 +82,7 @@ async def pour(client: RawClient, piece: bytes, num_bytes: int = 1 << 22) -> Non
 
 @pytest.mark.parametrize(
     "endless",
-    [b"GET /", b"GET /now HTTP/1.1\r\n", b"GET /now HTTP/1.1\r\nX-A: "],
+    [b"GET /", b"GET /now HTTP/1.1\r\nHost: x\r\n", b"GET /now HTTP/1.1\r\nHost: x\r\nX-A: "],
     ids=["target", "headers", "header"],
 )
 async def test_a_head_that_never_ends_is_refused(server: BareServer, endless: bytes) -> None:
@@ -97,7 +97,7 @@ async def test_chunk_extensions_and_trailers_that_never_end_are_refused(
     server: BareServer, endless: bytes
 ) -> None:
     client = await server.connect()
-    client.write(b"POST /now HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + endless)
+    client.write(b"POST /now HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + endless)
     await pour(client, b"a" * 1000)
     assert str(MAX_HEAD_BYTES) in await refusal(client, 431)
 
@@ -105,13 +105,13 @@ async def test_chunk_extensions_and_trailers_that_never_end_are_refused(
 async def test_too_many_headers_are_refused(server: BareServer) -> None:
     client = await server.connect()
     headers = b"".join(b"X-%d: y\r\n" % number for number in range(MAX_HEADERS + 1))
-    client.write(b"GET /now HTTP/1.1\r\n" + headers + b"\r\n")
+    client.write(b"GET /now HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n")
     assert str(MAX_HEADERS) in await refusal(client, 431)
 
 
 async def test_repeated_headers_count_each(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"GET /now HTTP/1.1\r\n" + b"X-A: y\r\n" * (MAX_HEADERS + 1) + b"\r\n")
+    client.write(b"GET /now HTTP/1.1\r\nHost: x\r\n" + b"X-A: y\r\n" * (MAX_HEADERS + 1) + b"\r\n")
     assert str(MAX_HEADERS) in await refusal(client, 431)
 
 
@@ -121,7 +121,7 @@ async def test_repeated_headers_count_each(server: BareServer) -> None:
         (b"\x16\x03\x01\x02\x00\x01", 400, "not TLS"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "not HTTP/2"),
         (
-            b"POST /now HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n",
+            b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n",
             415,
             "send it",
         ),
@@ -137,16 +137,17 @@ async def test_what_is_not_spoken_here_is_told(
 
 async def test_a_body_too_large_is_refused_by_its_length_alone(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"POST /now HTTP/1.1\r\nContent-Length: 100001\r\n\r\n")
+    client.write(b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 100001\r\n\r\n")
     assert str(MAX_BODY_BYTES) in await refusal(client, 413)
     client = await server.connect()
-    client.write(b"POST /now HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"x" * MAX_BODY_BYTES)
+    client.write(b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+    client.write(b"x" * MAX_BODY_BYTES)
     assert (await client.answer()).json == {"num_bytes": MAX_BODY_BYTES}
 
 
 async def test_a_chunked_body_is_refused_once_it_is_too_large(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"POST /now HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+    client.write(b"POST /now HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
     await pour(client, b"2710\r\n" + b"x" * 10_000 + b"\r\n")
     assert str(MAX_BODY_BYTES) in await refusal(client, 413)
     assert num_handled == 0
@@ -154,7 +155,7 @@ async def test_a_chunked_body_is_refused_once_it_is_too_large(server: BareServer
 
 async def test_a_client_that_sends_all_of_a_refused_body_can_read_why(server: BareServer) -> None:
     client = await server.connect()
-    client.write(b"POST /now HTTP/1.1\r\nContent-Length: 30000000\r\n\r\n")
+    client.write(b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 30000000\r\n\r\n")
     for _ in range(300):
         client.write(b"x" * 100_000)
         await client.writer.drain()
@@ -166,13 +167,13 @@ async def test_a_client_that_sends_all_of_a_refused_body_can_read_why(server: Ba
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /now HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"GET /now HTTP/1.1\r\nContent-Length: 1e3\r\n\r\n",
-        b"GET /now HTTP/1.1\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n",
-        b"POST /now HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /now HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST /now HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
-        b"GET now HTTP/1.1\r\n\r\n",
+        b"GET /now HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"GET /now HTTP/1.1\r\nHost: x\r\nContent-Length: 1e3\r\n\r\n",
+        b"GET /now HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n",
+        b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /now HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nz\r\n",
+        b"GET now HTTP/1.1\r\nHost: x\r\n\r\n",
         b"CONNECT host:80 HTTP/1.1\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"BREW /now HTTP/1.1\r\n\r\n",
@@ -192,7 +193,8 @@ async def test_a_request_that_arrives_too_slowly_is_ended(
 ) -> None:
     monkeypatch.setattr(connection, "REQUEST_TIMEOUT_S", 0.05)
     clients = [await server.connect() for _ in range(4)]
-    started = [b"", b"GET", b"POST /now HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc", GET_NOW + b"GET"]
+    amid = b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc"
+    started = [b"", b"GET", amid, GET_NOW + b"GET"]
     for client, data in zip(clients, started, strict=True):
         client.write(data)
     assert (await clients[3].answer()).status == 200
@@ -216,7 +218,7 @@ async def test_an_idle_connection_is_closed_in_the_end_and_a_busy_one_is_not(
     idle, busy = await server.connect(), await server.connect()
     idle.write(GET_NOW)
     assert (await idle.answer()).status == 200
-    busy.write(b"GET /later HTTP/1.1\r\n\r\n")
+    busy.write(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n")
     await asyncio.sleep(0.01)
     server.connections.close_overdue(asyncio.get_running_loop().time() + 0.001)
     await server.wait_for_connections(1)
@@ -248,7 +250,7 @@ async def test_more_pipelined_requests_than_are_kept_are_refused_in_their_turn(
     server: BareServer,
 ) -> None:
     client = await server.connect()
-    client.write(b"GET /later HTTP/1.1\r\n\r\n" + GET_NOW * (MAX_PIPELINED + 3))
+    client.write(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n" + GET_NOW * (MAX_PIPELINED + 3))
     answers = [await client.answer() for _ in range(MAX_PIPELINED + 1)]
     assert {answer.status for answer in answers} == {200}
     assert str(MAX_PIPELINED) in await refusal(client, 429)
@@ -257,8 +259,8 @@ async def test_more_pipelined_requests_than_are_kept_are_refused_in_their_turn(
 
 async def test_pipelined_bodies_are_bounded_together(server: BareServer) -> None:
     client = await server.connect()
-    body = b"POST /now HTTP/1.1\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000
-    client.write(b"GET /later HTTP/1.1\r\n\r\n" + body * 3)
+    body = b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + b"x" * 60_000
+    client.write(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n" + body * 3)
     assert [(await client.answer()).status for _ in range(2)] == [200, 200]
     assert str(MAX_BODY_BYTES) in await refusal(client, 429)
 
@@ -297,8 +299,8 @@ async def test_a_stop_closes_idle_connections_and_lets_busy_ones_finish(
     idle, new, amid, busy = [await server.connect() for _ in range(4)]
     idle.write(GET_NOW)
     assert (await idle.answer()).status == 200
-    amid.write(b"POST /now HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc")
-    busy.write(b"GET /later HTTP/1.1\r\n\r\n" * 2)
+    amid.write(b"POST /now HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+    busy.write(b"GET /later HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
     await asyncio.sleep(0.01)
     server.connections.close_idle()
     for client in (idle, new, amid):
@@ -316,7 +318,7 @@ async def test_L11_a_closed_connection_is_gone_without_the_garbage_collector(
     gc.disable()
     try:
         client = await server.connect()
-        client.write(GET_NOW + b"GET /nope HTTP/1.1\r\n\r\n")
+        client.write(GET_NOW + b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n")
         assert [(await client.answer()).status for _ in range(2)] == [200, 404]
         [gone] = [weakref.ref(one) for one in server.connections.open]
         client.close()

@@ -94,8 +94,10 @@ class Page:
     async def of(cls, served: ServedEngine) -> Page:
         return cls((await served.http.get("/openapi.json")).json())
 
-    def check_answer(self, path: str, value: object, status: int = 200) -> None:
-        content = self._responses(path)[str(status)]["content"]
+    def check_answer(
+        self, path: str, value: object, status: int = 200, method: str = "post"
+    ) -> None:
+        content = self._responses(path, method)[str(status)]["content"]
         self._check(content["application/json"]["schema"], value)
 
     def check_event(self, path: str, data: str) -> None:
@@ -106,8 +108,8 @@ class Page:
             [in_json, _] = schema["properties"]["data"]["anyOf"]
             self._check(in_json["contentSchema"], json.loads(data))
 
-    def _responses(self, path: str) -> dict[str, Any]:
-        responses: dict[str, Any] = self._document["paths"][path]["post"]["responses"]
+    def _responses(self, path: str, method: str = "post") -> dict[str, Any]:
+        responses: dict[str, Any] = self._document["paths"][path][method]["responses"]
         return responses
 
     def _check(self, schema: dict[str, Any], value: object) -> None:
@@ -308,6 +310,38 @@ async def test_the_page_is_strict_enough_to_notice_a_wrong_ending(
         with pytest.raises((jsonschema.ValidationError, json.JSONDecodeError)):
             page.check_event(path, wrong_event)
     page.check_event(path, event)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", list(OPTIONS))
+async def test_L9_L10_pauses_updates_and_what_they_end_answer_as_the_page_says(
+    arithmetic: ServedEngine, path: str, stream: bool
+) -> None:
+    page = await Page.of(arithmetic)
+    call = (path, OPTIONS[path]["deadline"] | {"timeout_s": 20.0})
+    running = asyncio.create_task(outcome(arithmetic, page, call, stream=stream))
+    await arithmetic.wait_for_live_requests(1)
+    for control, body in (
+        ("/v1/pause", {"mode": "keep"}),
+        ("/pause_generation", {"mode": "in_place"}),
+        ("/v1/weights", {"path": "new", "version": "v1"}),
+        ("/update_weights_from_disk", {"model_path": "new"}),
+        ("/update_weight_version", {"new_version": "v2"}),
+        ("/v1/update_weights", {"version": "v3"}),
+        ("/v1/resume", {}),
+        ("/pause", None),
+        ("/resume", None),
+        ("/continue_generation", {}),
+        ("/reset_prefix_cache", None),
+        ("/begin_weight_update", {}),
+    ):
+        answer = await arithmetic.http.post(control, json=body)
+        assert answer.status_code == 200, answer.text
+        page.check_answer(control, answer.json())
+    for probe in ("/v1/status", "/is_paused", "/v1/is_paused", "/weight_info", "/server_info"):
+        page.check_answer(probe, (await arithmetic.http.get(probe)).json(), method="get")
+    assert (await arithmetic.http.delete("/v1/weights")).json() == {"discarded": True}
+    assert await asyncio.wait_for(running, 10) == [("abort", "pause")]
 
 
 async def test_the_small_routes_answer_as_the_page_says(bundled: ServedEngine) -> None:

@@ -95,7 +95,7 @@ async def test_during_the_grace_running_requests_finish_and_newcomers_are_sent_a
             assert refused.status_code == 503
             assert int(refused.headers["retry-after"]) > 0
             assert refused.json()["error"]["code"] == "shutdown"
-        idle.write(post_bytes(COMPLETIONS, WHOLE) + b"GET /ready HTTP/1.1\r\n\r\n")
+        idle.write(post_bytes(COMPLETIONS, WHOLE) + b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n")
         assert [(await idle.answer()).status for _ in range(2)] == [503, 503]
         assert (await served.http.get("/health")).status_code == 200
         assert (await served.http.get("/load")).json() == {"server_load": 2}
@@ -173,7 +173,7 @@ async def test_L1_an_engine_that_does_not_confirm_delays_the_end_but_not_for_eve
 async def test_a_server_without_requests_stops_at_once_and_closes_its_connections() -> None:
     async with served_mock(LONG_GRACE_S) as (served, _):
         kept_alive, silent = await raw_client(served.port), await raw_client(served.port)
-        kept_alive.write(b"GET /health HTTP/1.1\r\n\r\n")
+        kept_alive.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await kept_alive.answer()).status == 200
         served.stop.stop()
         assert await kept_alive.rest() == b""
@@ -186,7 +186,7 @@ async def test_a_client_that_never_reads_does_not_hold_up_the_end(
     monkeypatch.setattr(server, "CLOSE_TIMEOUT_S", 0.1)
     async with served_mock(0.0) as (served, _):
         client = await served.connect(receive_buffer_bytes=4096)
-        await served.send(client, b"GET /openapi.json HTTP/1.1\r\n\r\n" * 200)
+        await served.send(client, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
         await asyncio.sleep(0.1)
         served.stop.stop()
         await asyncio.wait_for(asyncio.shield(served.serving), 3)

@@ -70,7 +70,25 @@ async def test_a_result_gathers_everything() -> None:
     result = await task
     assert (result.text, result.token_ids, result.num_prompt_tokens) == ("ab", (1, 2), 7)
     assert (result.finish_reason, result.abort_cause) == ("abort", AbortCause.EXPLICIT)
-    with pytest.raises(RuntimeError, match="read to its end"):
+    assert await stream.result() == result
+
+
+async def test_a_result_is_whole_whatever_was_iterated_over_before() -> None:
+    mailbox, stream, _ = opened()
+    mailbox.put("a", [1])
+    assert (await anext(stream)).text == "a"
+    mailbox.put("b", [2])
+    mailbox.finish(Terminal("length"))
+    result = await stream.result()
+    assert (result.text, result.token_ids) == ("ab", (1, 2))
+
+
+async def test_a_stream_that_was_closed_has_no_result() -> None:
+    mailbox, stream, _ = opened()
+    mailbox.put("a", [1])
+    await anext(stream)
+    stream.close()
+    with pytest.raises(RuntimeError, match="closed before its end"):
         await stream.result()
 
 

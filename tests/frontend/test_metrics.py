@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,23 @@ from frontend.metrics import Metrics
 from frontend.metrics.exposition import Exposition
 from frontend.metrics.histogram import Histogram, doubling_buckets, seconds_buckets
 from frontend.outputs import AbortCause
+from frontend.requests.pause_reports import PauseState
 from ipc.output import EngineCoreEvent, EventType
 from ipc.stats import PrefixCacheStats, SchedulerStats
 from tests.support.scripted_frontend import REPOSITORY
 
 DOCUMENTATION = Path(REPOSITORY) / "docs" / "metrics.md"
+
+
+RUNNING = PauseState(
+    state="running",
+    mode=None,
+    pause_id=None,
+    for_s=1.0,
+    newcomers=None,
+    num_held=0,
+    lease_left_s=None,
+)
 
 
 @dataclass
@@ -30,6 +42,8 @@ class Frontend:
     num_live_requests: int = 3
     num_ending_requests: int = 1
     alive_engines: Collection[int] = (0, 1)
+    pause_state: PauseState = RUNNING
+    weight_version: str | None = "v1"
 
 
 class Page:
@@ -252,6 +266,29 @@ def test_the_documentation_lists_exactly_the_metrics_that_there_are() -> None:
         if family.name.startswith("caesura_")
     }
     assert documented == served
+
+
+def test_a_pause_shows_in_its_state_what_it_holds_and_how_long_it_took() -> None:
+    metrics = Metrics()
+    metrics.on_paused(0.2)
+    page = Page(metrics, Frontend(pause_state=replace(RUNNING, state="paused", num_held=4)))
+    assert page.value("caesura_pause_state") == 2
+    assert page.value("caesura_num_requests_held") == 4
+    assert page.value("caesura_pause_seconds_sum") == 0.2
+    assert Page(metrics).value("caesura_pause_state") == 0
+
+
+def test_weight_updates_are_told_apart_by_what_came_of_them() -> None:
+    metrics = Metrics()
+    metrics.on_weight_update("committed")
+    metrics.on_weight_update_pause(0.05)
+    page = Page(metrics)
+    assert page.value("caesura_weight_updates_total", result="committed") == 1
+    assert page.value("caesura_weight_updates_total", result="failed") == 0
+    assert page.value("caesura_weight_update_pause_seconds_sum") == 0.05
+    assert page.value("caesura_weights_info", version="v1") == 1
+    differing = Page(metrics, Frontend(weight_version=None))
+    assert "caesura_weights" not in {family.name for family in differing.families}
 
 
 def test_the_process_tells_of_itself() -> None:

@@ -19,7 +19,7 @@ async def test_L3_L8_of_a_hundred_requests_every_tenth_is_cancelled_and_the_othe
         engine = served.engine
 
         async def run(number: int) -> list[int]:
-            params = SamplingParams(max_tokens=3000 if number % 10 == 0 else 40)
+            params = SamplingParams(max_tokens=3000 if number % 10 == 0 else 300)
             prompt = [number, 7]
             stream = engine.generate(
                 prompt_token_ids=prompt, request_id=f"r-{number}", sampling_params=params
@@ -35,7 +35,7 @@ async def test_L3_L8_of_a_hundred_requests_every_tenth_is_cancelled_and_the_othe
             if number % 10 == 0:
                 assert isinstance(outcome, asyncio.CancelledError)
             else:
-                assert outcome == expected_tokens([number, 7], 40)
+                assert outcome == expected_tokens([number, 7], 300)
         await served.wait_until_idle()
         again = engine.generate(
             prompt_token_ids=PROMPT, request_id="r-0", sampling_params=SamplingParams(max_tokens=5)

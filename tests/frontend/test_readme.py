@@ -32,7 +32,7 @@ def test_a_program_of_the_readme_runs_and_says_something(program: str, tmp_path:
 
 
 def test_the_readme_has_programs() -> None:
-    assert len(PROGRAMS) == 2
+    assert len(PROGRAMS) == 3
 
 
 @pytest.mark.parametrize("page", PAGES)

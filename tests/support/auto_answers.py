@@ -12,6 +12,8 @@ Invariants
 - A request ends once: with its `max_tokens`-th token (`length`), by an ABORT frame (no output
   follows: vLLM's meaning), or by `caesura_abort` (a terminal output, then the receipt). A Caesura
   engine confirms each end, in the frame of the terminal or, after an ABORT, in one of its own.
+- While paused it makes no step. A pause of the mode `wait` is answered when no request lives; what
+  comes until then is begun all the same.
 - Token ids are `mock_tokens(prompt, n)`, so whoever receives them can check them.
 """
 
@@ -45,13 +47,20 @@ from ipc.output import (
     PrefillStats,
     SchedulerStats,
 )
+from ipc.pause import CAESURA_PAUSE, CAESURA_RESUME, PauseReceipt, read_mode
 from ipc.request import EngineCoreRequest
 from ipc.utility import UtilityCall
 from tests.support.mock_engine import Message, MockEngine
 
 DEFAULT_MAX_TOKENS = 16
 VOCAB_SIZE = 256
-CAESURA_METHODS = (CAESURA_ABORT, CAESURA_REQUESTS, CAESURA_STATUS)
+CAESURA_METHODS = (
+    CAESURA_ABORT,
+    CAESURA_PAUSE,
+    CAESURA_REQUESTS,
+    CAESURA_RESUME,
+    CAESURA_STATUS,
+)
 
 
 def mock_tokens(prompt_token_ids: Sequence[int], num_tokens: int, start: int = 0) -> list[int]:
@@ -74,6 +83,8 @@ class AutoAnswers:
     def __init__(self, engine: MockEngine, *, step_time_ms: float = 1.0) -> None:
         self.live: dict[str, _LiveRequest] = {}
         self.num_steps = 0
+        self.state = "running"
+        self._draining: list[UtilityCall] = []
         self._engine = engine
         self._step_time_s = step_time_ms / 1000
         self._inbox: deque[Message] = deque()
@@ -107,7 +118,7 @@ class AutoAnswers:
         clock = asyncio.get_running_loop().time
         next_step_s = clock()
         while True:
-            if not self.live:
+            if not self.live or self.state == "paused":
                 await self._arrived.wait()
                 next_step_s = clock()
             self._arrived.clear()
@@ -115,7 +126,10 @@ class AutoAnswers:
                 await self._apply(self._inbox.popleft())
             next_step_s = max(clock(), next_step_s + self._step_time_s)
             await asyncio.sleep(next_step_s - clock())
-            await self._step()
+            if self.state != "paused":
+                await self._step()
+            if not self.live:
+                await self._settle()
 
     async def _step(self) -> None:
         """One token for each live request, in one frame for each front-end process."""
@@ -175,7 +189,9 @@ class AutoAnswers:
                 call, failure=f"Call to {call.method} method failed: no attribute '{call.method}'"
             )
         elif call.method == CAESURA_STATUS:
-            status = self._engine.make_status(num_running=len(self.live), num_steps=self.num_steps)
+            status = self._engine.make_status(
+                state=self.state, num_running=len(self.live), num_steps=self.num_steps
+            )
             await self._engine.reply(call, status.to_wire())
         elif call.method == CAESURA_REQUESTS:
             requests = {
@@ -184,8 +200,42 @@ class AutoAnswers:
                 if live.request.client_index == call.client_index
             }
             await self._engine.reply(call, LiveRequests(requests).to_wire())
+        elif call.method == CAESURA_PAUSE:
+            await self._pause(call)
+        elif call.method == CAESURA_RESUME:
+            await self._resume(call)
         else:
-            await self._abort(call)
+            request_ids = expect.texts(call.args[0], "request_ids")
+            receipt = await self._abort(request_ids, call.client_index)
+            await self._engine.reply(call, receipt.to_wire())
+
+    async def _pause(self, call: UtilityCall) -> None:
+        mode, num_aborted = read_mode(call.args[0]), 0
+        if mode == "abort":
+            num_aborted = len(self.live)
+            await self._abort(list(self.live), call.client_index)
+        if mode == "wait" and self.live:
+            self.state = "draining"
+            self._draining.append(call)
+            return
+        self.state = "paused"
+        await self._settle()
+        receipt = PauseReceipt(num_aborted=num_aborted, num_kept=len(self.live))
+        await self._engine.reply(call, receipt.to_wire())
+
+    async def _settle(self) -> None:
+        """Nothing is in flight."""
+        for call in self._draining:
+            self.state = "paused"
+            await self._engine.reply(call, PauseReceipt().to_wire())
+        self._draining.clear()
+
+    async def _resume(self, call: UtilityCall) -> None:
+        for pause in self._draining:
+            await self._engine.reply(pause, failure="a resume overtook the pause")
+        self._draining.clear()
+        ended, self.state = self.state, "running"
+        await self._engine.reply(call, ended)
 
     async def _abort_silently(self, message: Abort) -> None:
         client_index = 0
@@ -195,9 +245,8 @@ class AutoAnswers:
         if self._engine.caesura:
             await self._engine.confirm(message.request_ids, client_index)
 
-    async def _abort(self, call: UtilityCall) -> None:
-        """End the requests with an output each, then hand over the receipt."""
-        request_ids = expect.texts(call.args[0], "request_ids")
+    async def _abort(self, request_ids: Sequence[str], client_index: int) -> AbortReceipt:
+        """End the requests with an output each; returns the receipt."""
         receipts: dict[str, RequestReceipt] = {}
         outputs: list[EngineCoreOutput] = []
         for request_id in request_ids:
@@ -208,9 +257,8 @@ class AutoAnswers:
                 receipts[request_id] = RequestReceipt("aborted", live.num_output_tokens, "decode")
                 outputs.append(EngineCoreOutput(request_id, finish_reason=FinishReason.ABORT))
         if outputs:
-            await self._engine.send(EngineCoreOutputs(outputs=outputs), call.client_index)
-        receipt = AbortReceipt(receipts)
-        await self._engine.reply(call, receipt.to_wire())
+            await self._engine.send(EngineCoreOutputs(outputs=outputs), client_index)
+        return AbortReceipt(receipts)
 
 
 def _prefill_stats(request: EngineCoreRequest) -> PrefillStats:

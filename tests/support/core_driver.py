@@ -15,6 +15,7 @@ from engine_core.batch import ModelRunner
 from engine_core.config import SchedulerConfig
 from engine_core.core import EngineCore, Input
 from engine_core.fake_runner import FakeRunner
+from engine_core.jobs import Job
 from engine_core.outbox import Outgoing
 from ipc.frames import Abort
 from ipc.lifecycle import (
@@ -27,6 +28,7 @@ from ipc.lifecycle import (
     LiveRequests,
 )
 from ipc.output import EngineCoreOutput, EngineCoreOutputs, FinishReason, encode_outputs
+from ipc.pause import CAESURA_PAUSE, CAESURA_RESUME, PauseReceipt
 from ipc.request import EngineCoreRequest, SamplingParams
 from ipc.utility import UtilityCall, UtilityReply
 
@@ -55,17 +57,28 @@ class CoreDriver:
         )
         self.core = EngineCore(self.config, runner or fake)
         self.now = 0.0
+        self._last_call_id = 6
         self.frames: list[Outgoing] = []
         self.outputs: defaultdict[str, list[EngineCoreOutput]] = defaultdict(list)
         self.tokens: defaultdict[str, list[int]] = defaultdict(list)
         self.replies: list[UtilityReply] = []
+        self.jobs: list[Job] = []
         self.confirmed: list[tuple[int, str]] = []
         """(client index, request id) of each end that was confirmed, in order."""
 
     # ── in ────────────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, message: Input, client_index: int = 0) -> list[EngineCoreOutputs]:
-        return self._take(self.core.apply([(client_index, message)], self.now))
+        """Let it take effect; work that it asks for stays in `jobs` until `run_jobs`."""
+        frames = self._take(self.core.apply([(client_index, message)], self.now))
+        self.jobs += self.core.take_jobs()
+        return frames
+
+    def run_jobs(self) -> None:
+        """Do the work that calls asked for, and let them be answered."""
+        jobs, self.jobs = self.jobs, []
+        for job in jobs:
+            self.apply(job.done(), job.client_index)
 
     def add(
         self,
@@ -92,8 +105,33 @@ class CoreDriver:
         return self.apply(Abort(request_ids), client_index)
 
     def call(self, method: str, *args: object, client_index: int = 0) -> UtilityReply:
-        self.apply(UtilityCall(client_index, 7, method, args), client_index)
+        """Of a call that is answered at once, or when its work is done."""
+        self.start_call(method, *args, client_index=client_index)
+        self.run_jobs()
+        assert self.replies[-1].call_id == self._last_call_id, "the call was not answered"
         return self.replies[-1]
+
+    def start_call(self, method: str, *args: object, client_index: int = 0) -> int:
+        """The id of a call that may be answered later."""
+        self._last_call_id += 1
+        self.apply(UtilityCall(client_index, self._last_call_id, method, args), client_index)
+        return self._last_call_id
+
+    def reply(self, call_id: int) -> UtilityReply | None:
+        """The answer to a call; None if there is none yet."""
+        found = [reply for reply in self.replies if reply.call_id == call_id]
+        assert len(found) <= 1, "a call was answered twice"
+        return found[0] if found else None
+
+    def pause(self, mode: str, *, clear_cache: bool = False, **others: object) -> PauseReceipt:
+        reply = self.call(
+            CAESURA_PAUSE, mode, clear_cache, others.get("lease_s"), others.get("pause_id")
+        )
+        assert reply.failure_message is None, reply.failure_message
+        return PauseReceipt.from_wire(reply.result)
+
+    def resume(self) -> object:
+        return self.call(CAESURA_RESUME, None).result
 
     def abort_with_receipt(self, *request_ids: str, client_index: int = 0) -> AbortReceipt:
         reply = self.call(CAESURA_ABORT, list(request_ids), "test", client_index=client_index)

@@ -18,10 +18,11 @@ from frontend.http.errors import ApiError
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER
 from frontend.http.openai.requests import MAX_CHOICES, GenerationBody
 from frontend.ids import new_id
-from frontend.requests.intake import NewRequest
+from frontend.outputs import ResumeFrom
+from frontend.requests.new_request import NewRequest
 from frontend.sampling_params import SamplingParams
 
-Prompt = str | list[int]
+Prompt = str | list[int] | ResumeFrom
 
 _SAMPLING_FIELDS = tuple(
     spec.name
@@ -107,6 +108,7 @@ def new_requests(
 ) -> list[NewRequest]:
     """One for each choice. Raises ApiError if they are too many."""
     n = body.n or 1
+    check_resumed(n, any(isinstance(prompt, ResumeFrom) for prompt in prompts))
     num_choices = n * len(prompts)
     if num_choices > MAX_CHOICES:
         raise ApiError(
@@ -119,7 +121,8 @@ def new_requests(
     return [
         NewRequest(
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=None if isinstance(prompt, str) else prompt,
+            prompt_token_ids=prompt if isinstance(prompt, list) else None,
+            resume_from=prompt if isinstance(prompt, ResumeFrom) else None,
             sampling_params=variant,
             request_id=(
                 names.request_id
@@ -137,6 +140,12 @@ def new_requests(
         for place, prompt in enumerate(prompts)
         for sibling, variant in enumerate(variants)
     ]
+
+
+def check_resumed(n: int, is_resumed: bool) -> None:
+    """Raises ApiError if one aborted request is to have several successors."""
+    if is_resumed and n > 1:
+        raise ApiError(400, f"n: {n} choices cannot resume from one; leave n out", param="n")
 
 
 def _variants(params: SamplingParams, n: int) -> list[SamplingParams]:

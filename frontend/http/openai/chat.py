@@ -48,6 +48,9 @@ def parse_chat(
     check_call(body, served_model_name)
     if body.echo:
         raise not_supported("echo", True)
+    if body.resume_from is not None:
+        remedy = "send it to /v1/completions, which goes on where the tokens end"
+        raise not_supported("resume_from", body.resume_from, remedy)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
     names = CallNames.of(body, headers, "chatcmpl")

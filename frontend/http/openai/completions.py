@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import UNSET, Struct, UnsetType
 
 from frontend.http.bodies import bad_field, not_supported
+from frontend.http.errors import ApiError
 from frontend.http.openai.calls import (
     CallNames,
     Prompt,
@@ -25,6 +26,8 @@ from frontend.http.openai.replies import Completion, CompletionChoice, Completio
 from frontend.http.openai.requests import CompletionBody
 from frontend.outputs import RequestOutput
 from frontend.text.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16
 
 
 def parse_completion(
@@ -41,11 +44,14 @@ def parse_completion(
     if body.max_tokens == 0 and not body.echo:
         raise bad_field("max_tokens", "an integer of at least 1, or 0 with echo", 0)
     names = CallNames.of(body, headers, "cmpl")
-    prompts = _prompts(body.prompt)
+    prompts = _prompts(body)
     wanted: dict[str, int | None] = {"logprobs": body.logprobs}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         wanted["prompt_logprobs"] = body.logprobs
-    max_tokens = 1 if body.max_tokens == 0 else body.max_tokens
+    max_tokens = body.max_tokens
+    if max_tokens is UNSET:
+        max_tokens = DEFAULT_MAX_TOKENS if body.resume_from is None else None
+    max_tokens = 1 if max_tokens == 0 else max_tokens
     params = sampling_params(body, max_tokens=max_tokens, **wanted)
     add_special_tokens = body.add_special_tokens is not False
     requests = new_requests(body, prompts, params, names, add_special_tokens=add_special_tokens)
@@ -53,10 +59,18 @@ def parse_completion(
     return Call(requests, form)
 
 
-def _prompts(value: str | list[str | int | list[int]]) -> list[Prompt]:
+def _prompts(body: CompletionBody) -> list[Prompt]:
     """One or several. Raises ApiError if they are none or of several kinds."""
+    value, resume_from = body.prompt, body.resume_from
+    if (value is None) == (resume_from is None):
+        raise ApiError(400, "give either prompt or resume_from, one of them", param="prompt")
+    if resume_from is not None:
+        if body.echo:
+            raise bad_field("echo", "false beside resume_from", True)
+        return [resume_from]
     if isinstance(value, str):
         return [value]
+    assert value is not None
     kinds = set(map(type, value))
     if kinds == {int}:
         return [value]  # type: ignore[list-item]  # a list of token ids
@@ -132,6 +146,8 @@ class CompletionForm(GenerationForm[CompletionChoice]):
             logprobs=(),
             finish_reason="length" if has_stopped else output.finish_reason,
             stop_reason=None,
+            weight_spans=(),
+            resume_from=None,
         )
 
     def _choice(self, index: int, output: RequestOutput, *, has_prompt: bool) -> CompletionChoice:
@@ -144,6 +160,7 @@ class CompletionForm(GenerationForm[CompletionChoice]):
             logprobs=self._logprobs(index, output, has_prompt=has_prompt),
             prompt_token_ids=self.prompt_token_ids(index) if has_prompt else UNSET,
             prompt_logprobs=self.prompt_logprobs(index, output),
+            resume_from=UNSET if output.resume_from is None else output.resume_from,
             **self.ending(output),
         )
 
@@ -164,4 +181,5 @@ class CompletionForm(GenerationForm[CompletionChoice]):
         prompt = self._echoed[index // self._n]
         if isinstance(prompt, str):
             return prompt
+        assert isinstance(prompt, list)  # Nothing that is resumed is echoed.
         return "" if self._tokenizer is None else self._tokenizer.decode(prompt)

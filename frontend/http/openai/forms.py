@@ -23,7 +23,7 @@ from frontend.http.openai.logprobs import TokenNames, prompt_logprobs
 from frontend.http.openai.replies import Choice, PromptLogprobs, PromptTokensDetails, Usage
 from frontend.http.openai.requests import GenerationBody, StreamOptions
 from frontend.outputs import RequestOutput
-from frontend.requests.intake import NewRequest
+from frontend.requests.new_request import NewRequest
 from frontend.requests.stream import RequestStream
 from frontend.text.tokenizer import Tokenizer
 
@@ -136,6 +136,7 @@ class GenerationForm(ABC, Generic[EventChoice]):
             "finish_reason": output.finish_reason,
             "stop_reason": UNSET if output.finish_reason is None else output.stop_reason,
             "abort_cause": UNSET if output.abort_cause is None else output.abort_cause,
+            "weight_versions": UNSET if output.finish_reason is None else output.weight_spans,
             "token_ids": list(output.token_ids) if self._has_token_ids else UNSET,
         }
 

@@ -6,11 +6,12 @@ was ended with what it had.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
-from frontend.outputs import AbortCause, FinishReasonName
+from frontend.outputs import AbortCause, FinishReasonName, ResumeFrom, WeightSpan
 
 
 class PromptTokensDetails(Struct, kw_only=True):
@@ -45,6 +46,8 @@ class Choice(Struct, kw_only=True):
     stop_reason: int | str | UnsetType | None = UNSET
     """The stop token or stop string that matched."""
     abort_cause: AbortCause | UnsetType = UNSET
+    weight_versions: Sequence[WeightSpan] | UnsetType = UNSET
+    """At the end: by which weights the tokens were sampled."""
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -62,6 +65,8 @@ class CompletionChoice(Choice, kw_only=True):
     logprobs: CompletionLogprobs | None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    resume_from: ResumeFrom | UnsetType = UNSET
+    """Of an aborted one: to be sent instead of a prompt, to go on where it ended."""
 
 
 class Completion(Struct, kw_only=True):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH
-from frontend.requests.intake import MAX_TIMEOUT_S
+from frontend.outputs import ResumeFrom
+from frontend.requests.new_request import MAX_TIMEOUT_S
 from frontend.sampling_params import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 from ipc.expect import INT64_MAX, INT64_MIN, MAX_TOKEN_ID
 
@@ -59,7 +60,21 @@ Deadline = Annotated[
         description="The age at which it is aborted, with its partial result.",
     ),
 ]
+Resumed = Annotated[
+    ResumeFrom,
+    Meta(
+        description="That of an aborted choice, to go on where it ended. Its seed, and what its "
+        "max_tokens and min_tokens left, hold on; other parameters should be sent again."
+    ),
+]
 NamedByIds = Annotated[bool, Meta(description="Tokens are called `token_id:ID` in logprobs.")]
+NumTokens = Annotated[
+    Count,
+    Meta(
+        description="Default: 16, after resume_from what is left. Null: as many as fit. 0 needs "
+        "echo: the prompt alone is returned."
+    ),
+]
 NumChatTokens = Annotated[
     Positive,
     Meta(description="Default: as many as fit. max_completion_tokens wins over max_tokens."),
@@ -135,19 +150,15 @@ class GenerationBody(Struct, kw_only=True):
 class CompletionBody(GenerationBody, kw_only=True):
     """A request to `/v1/completions`."""
 
-    prompt: Annotated[
-        str | list[str | TokenId | list[TokenId]],
-        Meta(
-            description="A text, a list of token ids, or a list of texts or of lists of token ids.",
-        ),
-    ]
-    max_tokens: (
+    prompt: (
         Annotated[
-            Count,
-            Meta(description="Null: as many as fit. 0 needs echo: the prompt alone is returned."),
+            str | list[str | TokenId | list[TokenId]],
+            Meta(description="Texts or token ids: one, or a list. One of this and resume_from."),
         ]
         | None
-    ) = 16
+    ) = None
+    resume_from: Resumed | None = None
+    max_tokens: NumTokens | UnsetType | None = UNSET
     echo: bool | None = None
     logprobs: NumAlternatives | None = None
     best_of: int | None = None
@@ -198,6 +209,8 @@ class ChatBody(GenerationBody, kw_only=True):
     functions: None = None
     function_call: Literal["none"] | None = None
     echo: bool | None = None
+    resume_from: Any = None
+    """Not supported: completions take it."""
     audio: None = None
     web_search_options: None = None
 

@@ -6,7 +6,7 @@ encoded and grows at its end, so an event costs one copy of it, and encodes only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -31,9 +31,16 @@ class GenerateForm:
 
     streams: Sequence[RequestStream] = ()
 
-    def __init__(self, call: GenerateCall, token_text: TokenText | None) -> None:
+    def __init__(
+        self,
+        call: GenerateCall,
+        token_text: TokenText | None,
+        weight_version: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`weight_version` tells the label of the weights that serve now."""
         self._call = call
         self._token_text = token_text
+        self._weight_version = weight_version
         self._events = [
             _GrowingEvent(call, index, token_text) for index in range(len(call.requests))
         ]
@@ -43,7 +50,7 @@ class GenerateForm:
         return None
 
     def event(self, index: int, output: RequestOutput) -> bytes:
-        return self._events[index].add(output, self.streams[index])
+        return self._events[index].add(output, self.streams[index], self._weight_version())
 
     def error_event(self, index: int, error: ApiError) -> bytes:
         body = {
@@ -61,7 +68,7 @@ class GenerateForm:
     def body(self, outputs: Sequence[RequestOutput]) -> bytes:
         results = [
             ResultBuilder(self._call, index, token_text=self._token_text).add(
-                output, stream.prompt_token_ids
+                output, stream.prompt_token_ids, self._weight_version()
             )
             for index, (output, stream) in enumerate(zip(outputs, self.streams, strict=True))
         ]
@@ -92,7 +99,9 @@ class _GrowingEvent:
         self._last_token_id: int | None = None
         self._tail = b'},"index":%d}\n\n' % index if call.is_list else b"}}\n\n"
 
-    def add(self, output: RequestOutput, stream: RequestStream) -> bytes:
+    def add(
+        self, output: RequestOutput, stream: RequestStream, weight_version: str | None
+    ) -> bytes:
         if self._is_prompt_only:
             output = output._replace(text="", token_ids=(), logprobs=())
         self._text += _encode(output.text)[1:-1]
@@ -100,7 +109,9 @@ class _GrowingEvent:
             self._num_tokens += len(output.token_ids)
             self._last_token_id = output.token_ids[-1]
             _extend(self._ids, output.token_ids)
-        info = meta_info(output, self._num_tokens, self._last_token_id, self._started_at_s)
+        info = meta_info(
+            output, self._num_tokens, self._last_token_id, self._started_at_s, weight_version
+        )
         parts: list[bytes | bytearray] = [
             *(b'data: {"text":"', self._text, b'","output_ids":[', self._ids),
             *(b'],"meta_info":', _encode(info)[:-1]),

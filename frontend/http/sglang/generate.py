@@ -27,7 +27,7 @@ from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER, Exc
 from frontend.http.generation import generate
 from frontend.http.router import Route
 from frontend.http.sglang.events import GenerateForm
-from frontend.outputs import AbortCause
+from frontend.outputs import AbortCause, ResumeFrom, WeightSpan
 from frontend.sampling_params import SGLANG_NAMES, in_sglang_names
 from frontend.sglang.calls import NOT_SUPPORTED, GenerateCall, read_call
 from frontend.sglang.results import LogprobEntry
@@ -41,10 +41,14 @@ RequestId = Annotated[str, msgspec.Meta(max_length=MAX_REQUEST_ID_LENGTH)]
 
 
 class SglangGenerateBody(msgspec.Struct, kw_only=True):
-    """Either `text` or `input_ids`; what is no list holds for all prompts."""
+    """`text`, `input_ids` or `resume_from`; what is no list holds for all prompts."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
+    resume_from: ResumeFrom | list[ResumeFrom] | None = None
+    """In place of a prompt: that of an aborted result, to go on where it ended. Its seed, and what
+    its `max_new_tokens` and `min_new_tokens` left, hold on; other parameters should be sent again.
+    """
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
     """SGLang's, `n` among them; `max_new_tokens` is 128 if left out."""
     rid: RequestId | list[RequestId] | None = None
@@ -88,8 +92,13 @@ class MetaInfo(msgspec.Struct, omit_defaults=True):
     completion_tokens: int
     cached_tokens: int
     weight_version: str
+    """By which the last token was sampled; of an unfinished result, that of now."""
     e2e_latency: float
     """Seconds."""
+    weight_versions: list[WeightSpan] | msgspec.UnsetType = msgspec.UNSET
+    """At the end: by which weights the tokens were sampled."""
+    resume_from: ResumeFrom | msgspec.UnsetType = msgspec.UNSET
+    """Of an aborted request: to be sent instead of a prompt, to go on where it ended."""
     input_token_logprobs: list[LogprobEntry] = []
     """(logprob, token id, text if asked for) of the prompt's tokens; the first has none."""
     output_token_logprobs: list[LogprobEntry] = []
@@ -130,7 +139,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
         body = read_body(exchange.body, SglangGenerateBody)
         header_id = exchange.headers.get(REQUEST_ID_HEADER) or None
         call = _read_call(body, _other_fields(exchange.body), header_id)
-        form = GenerateForm(call, token_text)
+        form = GenerateForm(call, token_text, lambda: engine.weight_version)
         try:
             generate(exchange, engine, call.requests, form, stream=bool(body.stream))
         except DuplicateRequestIdError as error:
@@ -173,6 +182,7 @@ def _read_call(
             priority=body.priority,
             tags=body.tags,
             timeout_s=body.timeout_s,
+            resume_from=body.resume_from,
             others=others,
         )
     except ValueError as error:
@@ -184,6 +194,8 @@ def _read_call(
 
 def _refusal(error: ValueError, prompt: str) -> ApiError:
     """What is wrong in SGLang's and JSON's words; `prompt` is the field that has the prompts."""
+    if str(error).startswith("resume_from"):  # It has the same names in every dialect.
+        return ApiError(400, str(error), param="resume_from")
     message = in_sglang_names(str(error)).replace("prompt_token_ids", "input_ids")
     param = None
     if message.startswith("the prompt "):
@@ -199,7 +211,7 @@ def _refusal(error: ValueError, prompt: str) -> ApiError:
     return ApiError(400, json_spelling(message), param=param, code=code)
 
 
-_SAMPLING_PARAMETER = re.compile(r"(?:unknown )?sampling parameter '?(\w+)")
+_SAMPLING_PARAMETER = re.compile(r"(?:unknown )?sampling parameter '?(\w*)")
 _WORD = re.compile(r"\w+")
 
 
@@ -208,7 +220,10 @@ def _other_fields(body: bytes) -> dict[str, object]:
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     others: dict[str, object] = {}
     for name in fields.keys() - set(SglangGenerateBody.__struct_fields__):
-        value = msgspec.json.decode(fields[name])
+        try:
+            value: object = msgspec.json.decode(fields[name])
+        except msgspec.ValidationError:  # A number that is out of every range.
+            value = bytes(fields[name]).decode()
         if name in NOT_SUPPORTED:
             others[name] = value
         elif value not in (None, False):

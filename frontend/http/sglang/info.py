@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,9 +16,10 @@ from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
 from frontend.http.router import Handler, Route
 from frontend.sampling_params import SamplingParams
-from frontend.sglang.results import WEIGHT_VERSION
+from frontend.sglang.results import UNLABELLED
 from frontend.version import version
 from ipc.lifecycle import EngineStatus
+from ipc.pause import EngineState
 
 HEALTH_TIMEOUT_S = 20.0
 LOADS_TIMEOUT_S = 5.0
@@ -29,7 +30,7 @@ class ModelInfo(msgspec.Struct, kw_only=True):
     tokenizer_path: str
     served_model_name: str
     is_generation: bool = True
-    weight_version: str = WEIGHT_VERSION
+    weight_version: str
 
 
 class Load(msgspec.Struct, kw_only=True):
@@ -67,8 +68,33 @@ class LoadsQuery(msgspec.Struct):
     dp_rank: int | None = None
 
 
+class ServerInfoQuery(msgspec.Struct):
+    config_format: Literal["json"] | None = None
+    """vLLM's: the reply then has a `vllm_config` too."""
+
+
+class VllmModelConfig(msgspec.Struct):
+    model: str
+    dtype: str
+    """As torch calls it, such as torch.bfloat16."""
+    max_model_len: int
+
+
+class VllmParallelConfig(msgspec.Struct):
+    data_parallel_size: int
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+
+class VllmConfig(msgspec.Struct):
+    model_config: VllmModelConfig
+    parallel_config: VllmParallelConfig
+
+
 class ServerInfo(ModelInfo, kw_only=True):
     version: str
+    state: EngineState
+    """Whether it runs, drains or is paused."""
     dp_size: int
     tp_size: int = 1
     context_length: int
@@ -77,6 +103,7 @@ class ServerInfo(ModelInfo, kw_only=True):
     dtype: str
     device: str
     internal_states: list[Load]
+    vllm_config: VllmConfig | msgspec.UnsetType = msgspec.UNSET
 
 
 def routes(engine: AsyncEngine) -> list[Route]:
@@ -89,17 +116,23 @@ def routes(engine: AsyncEngine) -> list[Route]:
         model = engine.config.engine.model
         exchange.respond_json(
             ModelInfo(
-                model_path=model, tokenizer_path=model, served_model_name=engine.served_model_name
+                model_path=model,
+                tokenizer_path=model,
+                served_model_name=engine.served_model_name,
+                weight_version=engine.weight_version or UNLABELLED,
             )
         )
 
     async def server_info(exchange: Exchange) -> None:
         config = engine.config
+        query = read_query(exchange.query, ServerInfoQuery)
         info = ServerInfo(
             model_path=config.engine.model,
             tokenizer_path=config.engine.model,
             served_model_name=engine.served_model_name,
+            weight_version=engine.weight_version or UNLABELLED,
             version=version(),
+            state=engine.pause_state.state,
             dp_size=config.data_parallel_size,
             context_length=engine.max_model_len,
             max_running_requests=config.engine.max_num_seqs,
@@ -107,6 +140,7 @@ def routes(engine: AsyncEngine) -> list[Route]:
             dtype=config.engine.dtype,
             device=config.engine.device,
             internal_states=await read_loads(engine),
+            vllm_config=msgspec.UNSET if query.config_format is None else _vllm_config(engine),
         )
         exchange.respond_json(info)
 
@@ -140,10 +174,17 @@ def routes(engine: AsyncEngine) -> list[Route]:
         get("/health_generate", health_generate, health, access=Access.OPEN),
         get("/model_info", model_info, model, reply=ModelInfo),
         get("/get_model_info", model_info, model, reply=ModelInfo),
-        get("/server_info", server_info, server, reply=ServerInfo),
-        get("/get_server_info", server_info, server, reply=ServerInfo),
+        get("/server_info", server_info, server, query=ServerInfoQuery, reply=ServerInfo),
+        get("/get_server_info", server_info, server, query=ServerInfoQuery, reply=ServerInfo),
         get("/v1/loads", loads, load, query=LoadsQuery, reply=Loads),
     ]
+
+
+def _vllm_config(engine: AsyncEngine) -> VllmConfig:
+    """What trainers read of vLLM's."""
+    config = engine.config
+    model = VllmModelConfig(config.engine.model, f"torch.{engine.dtype}", engine.max_model_len)
+    return VllmConfig(model, VllmParallelConfig(config.data_parallel_size))
 
 
 async def is_answering(engine: AsyncEngine, timeout_s: float) -> bool:

@@ -18,7 +18,7 @@ from frontend.http.bodies import not_supported, read_body
 from frontend.http.errors import ApiError
 from frontend.http.exchange import MAX_REQUEST_ID_LENGTH, REQUEST_ID_HEADER, Exchange
 from frontend.http.generation import generate
-from frontend.http.openai.calls import CallNames, check_model
+from frontend.http.openai.calls import CallNames, check_model, check_resumed
 from frontend.http.openai.requests import (
     MAX_CHOICES,
     CacheSalt,
@@ -27,6 +27,7 @@ from frontend.http.openai.requests import (
     NumAlternatives,
     Penalty,
     Positive,
+    Resumed,
     StopString,
     StopStrings,
     StreamOptions,
@@ -35,7 +36,7 @@ from frontend.http.openai.requests import (
 from frontend.http.router import Route
 from frontend.http.vllm.tokens import TokensEvent, TokensForm, TokensReply, UsageWanted
 from frontend.ids import new_id
-from frontend.requests.intake import NewRequest
+from frontend.requests.new_request import NewRequest
 from frontend.sampling_params import SamplingParams
 from ipc.expect import INT64_MAX
 
@@ -89,7 +90,9 @@ _SAMPLING_FIELDS = tuple(
 
 
 class TokensBody(Struct, kw_only=True):
-    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
+    """One of this and `resume_from`."""
+    resume_from: Resumed | None = None
     sampling_params: SamplingBody
     request_id: RequestId | None = None
     model: str | None = None
@@ -153,10 +156,15 @@ def read_requests(body: TokensBody, names: CallNames) -> list[NewRequest]:
     """
     given = body.sampling_params
     num_choices = given.n or 1
+    is_resumed = body.resume_from is not None
+    if (body.token_ids is not None) == is_resumed:
+        raise ApiError(400, "give either token_ids or resume_from, one of them", param="token_ids")
+    check_resumed(num_choices, is_resumed)
     is_batch = num_choices > 1
     return [
         NewRequest(
             prompt_token_ids=body.token_ids,
+            resume_from=body.resume_from,
             sampling_params=params,
             request_id=f"{names.request_id}-{index}" if is_batch else names.request_id,
             batch_id=names.request_id if is_batch else None,

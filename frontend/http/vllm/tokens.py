@@ -19,7 +19,13 @@ from frontend.http.openai.replies import (
     PromptTokensDetails,
     Usage,
 )
-from frontend.outputs import AbortCause, FinishReasonName, RequestOutput
+from frontend.outputs import (
+    AbortCause,
+    FinishReasonName,
+    RequestOutput,
+    ResumeFrom,
+    WeightSpan,
+)
 from frontend.requests.stream import RequestStream
 
 _encode = msgspec.json.Encoder().encode
@@ -34,6 +40,10 @@ class TokensChoice(msgspec.Struct, kw_only=True):
     finish_reason: FinishReasonName | None
     abort_cause: AbortCause | msgspec.UnsetType | None = msgspec.UNSET
     """Of an aborted request."""
+    weight_versions: Sequence[WeightSpan] | msgspec.UnsetType = msgspec.UNSET
+    """At the end: by which weights the tokens were sampled."""
+    resume_from: ResumeFrom | msgspec.UnsetType = msgspec.UNSET
+    """Of an aborted request: to be sent instead of token ids, to go on where it ended."""
 
 
 class TokensReply(msgspec.Struct, kw_only=True):
@@ -139,6 +149,10 @@ class TokensForm:
         )
         if output.finish_reason == "abort":
             choice.abort_cause = output.abort_cause
+        if output.finish_reason is not None:
+            choice.weight_versions = output.weight_spans
+        if output.resume_from is not None:
+            choice.resume_from = output.resume_from
         return choice
 
     def _usage_of(self, num_tokens: int) -> Usage:

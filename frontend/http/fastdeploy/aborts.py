@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Literal
 
 import msgspec
@@ -13,6 +12,7 @@ from frontend.http.access import Access
 from frontend.http.bodies import read_body
 from frontend.http.errors import ApiError
 from frontend.http.exchange import Exchange
+from frontend.http.fastdeploy.replies import control_id
 from frontend.http.router import Route
 from frontend.outputs import AbortReceipt
 from frontend.requests.explicit_abort import Selector
@@ -91,6 +91,6 @@ def _reply(receipt: AbortReceipt) -> FastDeployAbortReply:
     not_found = [name for name, request in receipt.requests.items() if request.status == "unknown"]
     return FastDeployAbortReply.of(
         receipt,
-        request_id=f"control-{uuid.uuid4()}",
+        request_id=control_id(),
         result=AbortResult(aborted, not_found),
     )

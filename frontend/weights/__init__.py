@@ -1,0 +1,1 @@
+"""Weight updates of all engines: staged beside the weights that serve, then committed together."""

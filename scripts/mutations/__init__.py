@@ -1,0 +1,1 @@
+"""Known bugs, to be planted one at a time: how many of them does the simulation find?"""
