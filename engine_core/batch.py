@@ -15,13 +15,23 @@ Invariants
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine_core.staging import StagedWeights
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
 from ipc.weights import WeightsGroup, WeightSource
+
+Integers = NDArray[np.int64]
+
+
+def _no_integers() -> Integers:
+    return np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +49,27 @@ class JoinedSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """One step: changes to the persistent batch, and its rows (parallel lists, one entry a row)."""
+    """One step: changes to the persistent batch, and its rows (arrays with an entry a row)."""
 
     left: list[int] = field(default_factory=list)
     joined: list[JoinedSequence] = field(default_factory=list)
     new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)
     """(slot, block ids appended to its table), for sequences that had joined before."""
-    slots: list[int] = field(default_factory=list)
-    num_new_tokens: list[int] = field(default_factory=list)
-    num_computed_tokens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
+    slots: Integers = field(default_factory=_no_integers)
+    num_new_tokens: Integers = field(default_factory=_no_integers)
+    num_computed_tokens: Integers = field(default_factory=_no_integers)
+    samples: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
+
+    def with_rows(self, rows: Sequence[tuple[int, int, int, bool]]) -> StepBatch:
+        """The same changes, with these rows: (slot, new tokens, computed tokens, samples)."""
+        slots, num_new_tokens, num_computed_tokens, samples = zip(*rows, strict=True)
+        return replace(
+            self,
+            slots=np.array(slots),
+            num_new_tokens=np.array(num_new_tokens),
+            num_computed_tokens=np.array(num_computed_tokens),
+            samples=np.array(samples),
+        )
 
 
 NO_TOKEN = -1
@@ -59,7 +80,7 @@ NO_TOKEN = -1
 class StepResult:
     """What a step sampled: one token id, or NO_TOKEN, for each row with `samples`, in row order."""
 
-    token_ids: list[int]
+    token_ids: Integers = field(default_factory=_no_integers)
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
     """By slot, for sampling rows that asked for logprobs: arrays with one position."""
     prompt_logprobs: dict[int, LogprobsLists] = field(default_factory=dict)
@@ -76,6 +97,12 @@ class ModelRunner(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    def bind_thread(self) -> None:
+        """Settle the calling thread, which will execute all steps, on its core. Called once the
+        process's other threads have started, which may go anywhere.
+        """
+        ...
 
     def execute(self, batch: StepBatch) -> StepResult:
         """Run one step; all K/V writes are complete when it returns."""

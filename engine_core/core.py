@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import compress
 
 from engine_core.aborts import Aborts
 from engine_core.batch import NO_TOKEN, ModelRunner
@@ -30,7 +29,7 @@ from engine_core.jobs import Job, JobDone
 from engine_core.outbox import Outbox, Outgoing
 from engine_core.pause import PauseOrder, Pauses
 from engine_core.request import Request
-from engine_core.scheduler import ScheduledStep, Scheduler
+from engine_core.scheduler import Scheduler
 from engine_core.utilities import Utilities
 from engine_core.validation import InvalidRequest, build_request
 from engine_core.weight_updates import WeightUpdates
@@ -58,7 +57,7 @@ class EngineCore:
         self, config: SchedulerConfig, runner: ModelRunner, *, engine_index: int = 0
     ) -> None:
         self.config = config
-        self.scheduler = Scheduler(config, runner.num_blocks)
+        self.scheduler = Scheduler(config, runner.num_blocks, runner.vocab_size)
         self.pauses = Pauses(self.scheduler)
         self.weights = WeightUpdates(runner, self.scheduler)
         self.jobs: list[Job] = []
@@ -81,6 +80,10 @@ class EngineCore:
         self._reported_load = (0, 0)
         self.aborts = Aborts(self._requests, self.scheduler, self.counters)
         self._utilities = Utilities(self)
+
+    def bind_thread(self) -> None:
+        """Settle the calling thread, which will make all further calls; see `ModelRunner`."""
+        self._runner.bind_thread()
 
     @property
     def has_work(self) -> bool:
@@ -207,19 +210,21 @@ class EngineCore:
         `now` stamps scheduling; `clock`, where given, is asked once more after the model ran and
         stamps the outputs.
         """
-        scheduled = self.scheduler.schedule(now)
-        if scheduled is None:
+        batch = self.scheduler.schedule(now)
+        if batch is None:
             return []
-        result = self._runner.execute(scheduled.batch)
+        result = self._runner.execute(batch)
         self.num_steps += 1
-        self.scheduler.commit(scheduled)
         if result.prompt_logprobs:
-            for request, slot in zip(scheduled.requests, scheduled.batch.slots, strict=True):
-                if (logprobs := result.prompt_logprobs.get(slot)) is not None:
+            for request in self.scheduler.running:
+                if (logprobs := result.prompt_logprobs.get(request.slot)) is not None:
                     request.prompt_logprobs.append(logprobs)
+        sampled = self.scheduler.commit(result.token_ids)
         now = clock() if clock is not None else now
         outbox = Outbox(self._engine_index, now, weight_version=self.weights.version)
-        self._emit(scheduled, result.token_ids, result.logprobs, outbox)
+        for client_index, streamed in sampled.streamed.items():
+            outbox.stream(client_index, *streamed)
+        self._emit(sampled.others, result.logprobs, outbox)
         if not self._requests:
             self._fall_idle(outbox, now)
         elif now - self._last_stats_s >= STATS_INTERVAL_S:
@@ -229,24 +234,21 @@ class EngineCore:
 
     def _emit(
         self,
-        scheduled: ScheduledStep,
-        token_ids: list[int],
+        sampled: Iterable[tuple[Request, int]],
         logprobs: dict[int, LogprobsLists],
         outbox: Outbox,
     ) -> None:
-        """Commit the sampled tokens, one for each sampling row, and build their outputs."""
-        sampling = compress(
-            zip(scheduled.requests, scheduled.batch.slots, strict=True), scheduled.batch.samples
-        )
+        """Append sampled tokens that end a request or do not come alone, and build their outputs.
+
+        `logprobs` are by slot.
+        """
         failed: list[Request] = []
-        for (request, slot), token_id in zip(sampling, token_ids, strict=True):
+        for request, token_id in sampled:
             if token_id == NO_TOKEN:
                 failed.append(request)
                 continue
+            new_logprobs = logprobs.get(request.slot)
             ended = request.append_token(token_id)
-            if ended is None and not request.events and slot not in logprobs:
-                outbox.add(request.client_index, EngineCoreOutput(request.request_id, (token_id,)))
-                continue
             if ended is not None:
                 del self._requests[request.request_id]
                 self.scheduler.remove(request)
@@ -256,7 +258,7 @@ class EngineCore:
                 EngineCoreOutput(
                     request.request_id,
                     (token_id,),
-                    new_logprobs=logprobs.get(slot),
+                    new_logprobs=new_logprobs,
                     prompt_logprobs=request.take_prompt_logprobs(),
                     finish_reason=None if ended is None else ended[0],
                     stop_reason=None if ended is None else ended[1],

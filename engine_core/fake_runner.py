@@ -147,12 +147,16 @@ class FakeRunner:
 
     # -- steps -----------------------------------------------------------------------------------
 
+    def bind_thread(self) -> None:
+        pass
+
     def execute(self, batch: StepBatch) -> StepResult:
         if self._step_time_s:
             time.sleep(self._step_time_s)
         self._update(batch)
+        slots = batch.slots.tolist()
         for slot, computed, num_new in zip(
-            batch.slots, batch.num_computed_tokens, batch.num_new_tokens, strict=True
+            slots, batch.num_computed_tokens.tolist(), batch.num_new_tokens.tolist(), strict=True
         ):
             self._write(slot, computed, computed + num_new)
         of_prompts = {
@@ -161,14 +165,14 @@ class FakeRunner:
         }
         token_ids: list[int] = []
         logprobs: dict[int, LogprobsLists] = {}
-        for slot, samples in zip(batch.slots, batch.samples, strict=True):
+        for slot, samples in zip(slots, batch.samples.tolist(), strict=True):
             if samples:
                 token_id = self._sample(slot)
                 token_ids.append(token_id)
                 if slot in self._wants_logprobs:
                     num_logprobs = self._wants_logprobs[slot]
                     logprobs[slot] = self._fake_logprobs(token_id, num_logprobs)
-        return StepResult(token_ids, logprobs, of_prompts)
+        return StepResult(np.array(token_ids, np.int64), logprobs, of_prompts)
 
     def _update(self, batch: StepBatch) -> None:
         for slot in batch.left:

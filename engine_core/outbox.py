@@ -17,6 +17,7 @@ from ipc.output import (
     FinishReason,
     OutputError,
     SchedulerStats,
+    StepOutputs,
 )
 from ipc.utility import UtilityReply
 
@@ -35,11 +36,19 @@ class Outbox:
         self._weight_version = weight_version
         self._frames: list[Outgoing] = []
         self._outputs: dict[int, list[EngineCoreOutput]] = {}
+        self._streamed: dict[int, StepOutputs] = {}
         self._ended: dict[int, list[str]] = {}
         self._stats: SchedulerStats | None = None
 
     def add(self, client_index: int, output: EngineCoreOutput) -> None:
         self._outputs.setdefault(client_index, []).append(output)
+
+    def stream(self, client_index: int, request_ids: list[str], token_ids: list[int]) -> None:
+        """A step's requests that got one token each and nothing besides; at most once a client."""
+        if request_ids:
+            outputs = self._outputs.get(client_index, [])
+            self._streamed[client_index] = StepOutputs(request_ids, token_ids, outputs)
+            self._outputs[client_index] = outputs
 
     def confirm_end(self, client_index: int, request_id: str) -> None:
         """Tell that a request holds nothing any more; its terminal, if it has one, is in the same
@@ -75,7 +84,7 @@ class Outbox:
         for client_index, outputs in self._outputs.items():
             frame = EngineCoreOutputs(
                 engine_index=self._engine_index,
-                outputs=outputs,
+                outputs=self._streamed.get(client_index, outputs),
                 scheduler_stats=stats if client_index == STATS_CLIENT else None,
                 timestamp=self._now,
                 finished_requests=self._ended.get(client_index),
@@ -83,4 +92,5 @@ class Outbox:
             )
             self._frames.append((client_index, frame))
         self._outputs = {}
+        self._streamed = {}
         self._ended = {}

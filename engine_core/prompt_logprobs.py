@@ -52,14 +52,14 @@ class OwedPromptLogprobs:
             return []
         return [
             self._take(row, slot, batch)
-            for row, slot in enumerate(batch.slots)
+            for row, slot in enumerate(batch.slots.tolist())
             if slot in self._owed
         ]
 
     def _take(self, row: int, slot: int, batch: StepBatch) -> PromptSpan:
         sequence = self._owed[slot]
-        start = batch.num_computed_tokens[row]
-        stop = start + batch.num_new_tokens[row]
+        start = int(batch.num_computed_tokens[row])
+        stop = start + int(batch.num_new_tokens[row])
         if stop == sequence.num_prompt_tokens:
             del self._owed[slot]
         num_wanted = sequence.sampling.prompt_logprobs

@@ -3,7 +3,7 @@
 Invariants
 - `token_ids` is the prompt followed by every sampled token; nothing is ever removed from it.
 - KV of the first `num_computed_tokens` tokens lies in `block_ids`; a waiting or preempted request
-  holds no blocks.
+  holds no blocks. Between steps a decoding request lacks the KV of its last token, and no other.
 - The scheduler is the only one that changes a request; a finished request is forgotten at once.
 """
 
@@ -44,7 +44,8 @@ class Request:
     """Outputs that it brought along: another request sampled them before it was aborted."""
 
     stage: Stage = Stage.WAITING
-    num_computed_tokens: int = 0
+    num_prefilled_tokens: int = 0
+    """`num_computed_tokens` as long as it does not decode."""
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first scheduled."""
     block_ids: list[int] = field(default_factory=list)
@@ -61,6 +62,12 @@ class Request:
     """Not yet reported; they leave with the next output."""
     ending_token_ids: frozenset[int] = frozenset()
     """EOS, if it counts, and the request's own stop tokens."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is in its blocks, between steps."""
+        is_decoding = self.stage is Stage.DECODE
+        return len(self.token_ids) - 1 if is_decoding else self.num_prefilled_tokens
 
     @property
     def num_output_tokens(self) -> int:

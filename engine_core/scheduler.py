@@ -18,14 +18,19 @@ Invariants
 
 from __future__ import annotations
 
-from bisect import insort
 from dataclasses import dataclass, replace
+from itertools import compress
+from typing import TypeVar
 
-from engine_core.batch import JoinedSequence, StepBatch
+import numpy as np
+from numpy.typing import NDArray
+
+from engine_core.batch import NO_TOKEN, Integers, JoinedSequence, StepBatch
 from engine_core.block_pool import BlockPool
 from engine_core.config import SchedulerConfig
 from engine_core.prefix_hash import block_hash, root_hash
 from engine_core.request import Request, Stage
+from engine_core.running_rows import NEVER, RunningRows
 from engine_core.waiting_queue import WaitingQueue
 from ipc.output import EngineCoreEvent, EventType, PrefixCacheStats, SchedulerStats
 
@@ -43,17 +48,24 @@ class PrefixCacheCounters:
 
 
 @dataclass(slots=True)
-class ScheduledStep:
-    """A batch and the requests behind its rows, in row order."""
+class SampledTokens:
+    """What came of a step's sampling rows."""
 
-    batch: StepBatch
-    requests: list[Request]
+    streamed: dict[int, tuple[list[str], list[int]]]
+    """By client: the requests that got a token and nothing besides, and their tokens."""
+    others: list[tuple[Request, int]]
+    """Requests with a token (or NO_TOKEN) that is not appended yet: it may end them, or there is
+    more to tell."""
+
+
+Mask = NDArray[np.bool_]
+T = TypeVar("T")
 
 
 class Scheduler:
     """Owns every live request, its blocks and its slot."""
 
-    def __init__(self, config: SchedulerConfig, num_blocks: int) -> None:
+    def __init__(self, config: SchedulerConfig, num_blocks: int, vocab_size: int) -> None:
         if num_blocks * config.block_size < config.max_model_len:
             raise ValueError(
                 f"the KV cache holds {num_blocks * config.block_size} tokens "
@@ -66,7 +78,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.held = WaitingQueue()
         """Requests that may not begin yet: a pause holds them."""
-        self.running: list[Request] = []
+        self.running = RunningRows(config.max_num_seqs)
         self.weight_epoch = 0
         self.num_preemptions = 0
         self.num_retractions = 0
@@ -76,10 +88,14 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._left_slots: list[int] = []
         self._holds_newcomers = False
+        # By token id: how many running requests end with it. NO_TOKEN, which is -1, finds the last
+        # entry, which is never 0.
+        self._num_ending = np.zeros(vocab_size + 1, np.int64)
+        self._num_ending[NO_TOKEN] = 1
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running) or len(self.waiting) > 0
+        return len(self.running) > 0 or len(self.waiting) > 0
 
     @property
     def num_waiting(self) -> int:
@@ -135,81 +151,119 @@ class Scheduler:
         self.weight_epoch += 1
         for request in self.running:
             request.is_of_one_epoch = False
+        self.running.publishes_at[:] = NEVER
         for request in (*self.waiting, *self.held):
             request.block_hashes.clear()
 
     # -- a step --------------------------------------------------------------------------------
 
-    def schedule(self, now: float) -> ScheduledStep | None:
-        """Choose the next step's rows and allocate their blocks; None if nothing can run."""
+    def schedule(self, now: float) -> StepBatch | None:
+        """Choose the next step's rows and allocate their blocks; None if nothing can run.
+
+        Each row computes one token and may compute more in prefill, as far as the budget lasts: so
+        none starves behind a long prompt.
+        """
         batch = StepBatch()
-        requests: list[Request] = []
-        budget = self.config.max_num_batched_tokens
-        num_preemptions = self.num_preemptions
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            computed = request.num_computed_tokens
-            # A chunk of prefill leaves a token of budget for each row behind it: none starves.
-            num_behind = len(self.running) - index - 1
-            num_new = min(len(request.token_ids) - computed, budget - num_behind)
-            has_room = computed + num_new <= len(request.block_ids) * self.config.block_size
-            if not has_room and not self._grow(request, num_new, batch, now):
-                break
-            budget -= num_new
-            self._append_row(batch, requests, request, num_new)
-            index += 1
+        rows, num_preemptions = self.running, self.num_preemptions
+        num_extra = 0
+        is_long = rows.num_known - rows.num_computed > 1
+        lacks_block = rows.num_computed >= rows.num_fitting
+        for row in _rows_where(is_long | lacks_block):
+            if row >= len(rows):
+                break  # It gave up its blocks for one before it.
+            request = rows.requests[row]
+            num_missing = len(request.token_ids) - request.num_computed_tokens
+            num_left = self.config.max_num_batched_tokens - len(rows) - num_extra
+            num_new = min(num_missing, 1 + num_left)
+            rows.num_new[row] = num_new
+            num_extra += num_new - 1
+            if lacks_block[row]:
+                self._grow(row, batch, now)
         if self.num_preemptions == num_preemptions:
-            self._admit(batch, requests, budget, now)
-        if not requests:
+            self._admit(batch, self.config.max_num_batched_tokens - len(rows) - num_extra, now)
+        if not rows:
             return None
         batch.left.extend(self._left_slots)
         self._left_slots.clear()
-        return ScheduledStep(batch, requests)
+        return replace(
+            batch,
+            slots=rows.slots.copy(),
+            num_new_tokens=rows.num_new.copy(),
+            num_computed_tokens=rows.num_computed.copy(),
+            samples=rows.num_computed + rows.num_new == rows.num_known,
+        )
 
-    def commit(self, step: ScheduledStep) -> None:
-        """Account for an executed step: its tokens are in the cache now."""
-        self.num_computed_tokens += sum(step.batch.num_new_tokens)
-        block_size = self.config.block_size
-        for request, num_new in zip(step.requests, step.batch.num_new_tokens, strict=True):
-            request.num_computed_tokens += num_new
-            if request.num_computed_tokens // block_size > request.num_published_blocks:
-                self._publish(request)
-            if request.stage is Stage.PREFILL and request.num_computed_tokens == len(
-                request.token_ids
-            ):
+    def commit(self, token_ids: Integers) -> SampledTokens:
+        """Account for the step that was scheduled and executed: its tokens are in the cache now.
+
+        `token_ids` has one for each row that sampled. It is appended, unless its request is one of
+        the `others`, with which the caller must deal before the next step.
+        """
+        rows = self.running
+        rows.num_computed += rows.num_new
+        self.num_computed_tokens += int(rows.num_new.sum())
+        for row in _rows_where(rows.num_computed >= rows.publishes_at):
+            self._publish(row)
+        samples = rows.num_computed == rows.num_known
+        all_sample = len(token_ids) == len(rows)
+        if not all_sample:
+            tokens_of_some, token_ids = token_ids, np.full(len(rows), NO_TOKEN)
+            token_ids[samples] = tokens_of_some
+        rows.num_known += samples
+        is_other = rows.num_known >= rows.ends_at
+        is_other |= rows.comes_alone + self._num_ending[token_ids] > 0
+        for row in _rows_where(rows.is_prefilling > 0):
+            request = rows.requests[row]
+            request.num_prefilled_tokens = int(rows.num_computed[row])
+            rows.num_new[row] = 1
+            if samples[row]:
                 request.stage = Stage.DECODE
+                rows.is_prefilling[row] = 0
+                rows.comes_alone[row] = request.sampling.logprobs is not None
+        others = _rows_where(is_other if all_sample else is_other & samples)
+        streams = None if all_sample and not others else samples & ~is_other
+        return self._deal_out(token_ids.tolist(), others, streams)
 
-    def _append_row(
-        self, batch: StepBatch, requests: list[Request], request: Request, num_new: int
-    ) -> None:
-        computed = request.num_computed_tokens
-        batch.slots.append(request.slot)
-        batch.num_new_tokens.append(num_new)
-        batch.num_computed_tokens.append(computed)
-        batch.samples.append(computed + num_new == len(request.token_ids))
-        requests.append(request)
+    def _deal_out(
+        self, token_ids: list[int], others: list[int], streams: Mask | None
+    ) -> SampledTokens:
+        """Sort the tokens of all rows, and append those that are streamed: all, if `streams` is
+        None.
+        """
+        rows = self.running
+        of_others = [(rows.requests[row], token_ids[row]) for row in others]
+        streamed = {}
+        for client_index in rows.num_by_client:
+            mask = streams
+            if len(rows.num_by_client) > 1:
+                is_its = rows.clients == client_index
+                mask = is_its if streams is None else is_its & streams
+            chosen = None if mask is None else mask.tolist()
+            tokens = _select(token_ids, chosen)
+            for known, token_id in zip(_select(rows.token_ids, chosen), tokens, strict=True):
+                known.append(token_id)
+            streamed[client_index] = _select(rows.request_ids, chosen), tokens
+        return SampledTokens(streamed, of_others)
 
     # -- blocks --------------------------------------------------------------------------------
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _grow(self, request: Request, num_new: int, batch: StepBatch, now: float) -> bool:
-        """Give a running request the blocks it lacks; False if it had to give up its own."""
-        num_tokens = request.num_computed_tokens + num_new
-        num_missing = self._num_blocks_for(num_tokens) - len(request.block_ids)
-        while num_missing > self.pool.num_available:
+    def _grow(self, row: int, batch: StepBatch, now: float) -> None:
+        """Give a decoding row the block it lacks; or it gives up its own, if it is the last one."""
+        request = self.running.requests[row]
+        while self.pool.num_available == 0:
             victim = self.running.pop()
             self._preempt(victim, now)
             if victim is request:
-                return False
-        new_blocks = self.pool.allocate(num_missing)
+                return
+        new_blocks = self.pool.allocate(1)
         request.block_ids.extend(new_blocks)
         batch.new_blocks.append((request.slot, new_blocks))
-        return True
+        self.running.num_fitting[row] += self.config.block_size
 
-    def _admit(self, batch: StepBatch, requests: list[Request], budget: int, now: float) -> None:
+    def _admit(self, batch: StepBatch, budget: int, now: float) -> None:
         while budget > 0 and self._free_slots and (request := self.waiting.peek()) is not None:
             cached = self._find_cached_prefix(request)
             num_missing = self._num_blocks_for(len(request.token_ids)) - len(cached)
@@ -221,13 +275,12 @@ class Scheduler:
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_missing)
             request.num_published_blocks = len(cached)
-            request.num_computed_tokens = len(cached) * self.config.block_size
+            request.num_prefilled_tokens = len(cached) * self.config.block_size
             if request.stage is Stage.WAITING:
                 self._count_prefix_hit(request)
             request.stage = Stage.PREFILL
             request.slot = self._free_slots.pop()
             request.events.append(EngineCoreEvent(EventType.SCHEDULED, now))
-            insort(self.running, request, key=lambda running: running.order)
             batch.joined.append(
                 JoinedSequence(
                     slot=request.slot,
@@ -237,9 +290,15 @@ class Scheduler:
                     sampling=request.sampling,
                 )
             )
-            num_new = min(len(request.token_ids) - request.num_computed_tokens, budget)
+            num_new = min(len(request.token_ids) - request.num_prefilled_tokens, budget)
             budget -= num_new
-            self._append_row(batch, requests, request, num_new)
+            self.running.insert(
+                request,
+                num_new=num_new,
+                num_fitting=len(request.block_ids) * self.config.block_size,
+                publishes_at=self._publishes_at(request),
+            )
+            self._num_ending[self._ending_ids(request)] += 1
 
     def _preempt(self, request: Request, now: float) -> None:
         """Take the blocks of a request (already out of `running`) for another one."""
@@ -253,7 +312,7 @@ class Scheduler:
         """
         counts = self._give_up_blocks(request)
         request.stage = Stage.PREEMPTED
-        request.num_computed_tokens = 0
+        request.num_prefilled_tokens = 0
         request.is_of_one_epoch = True
         request.block_hashes.clear()
         request.prompt_logprobs.clear()
@@ -266,8 +325,13 @@ class Scheduler:
         request.block_ids = []
         self._left_slots.append(request.slot)
         self._free_slots.append(request.slot)
+        self._num_ending[self._ending_ids(request)] -= 1
         request.slot = -1
         return counts
+
+    def _ending_ids(self, request: Request) -> list[int]:
+        """The tokens that can end it: none outside the vocabulary is ever sampled."""
+        return [one for one in request.ending_token_ids if one < len(self._num_ending) - 1]
 
     # -- prefix cache --------------------------------------------------------------------------
 
@@ -283,14 +347,20 @@ class Scheduler:
         self._extend_hashes(request, num_full)
         return self.pool.find(request.block_hashes[:num_full])
 
-    def _publish(self, request: Request) -> None:
+    def _publishes_at(self, request: Request) -> int:
+        """With how many tokens computed its next block is full, if others may ever share it."""
         if not self.config.enable_prefix_caching or not request.is_of_one_epoch:
-            return
-        num_full = request.num_computed_tokens // self.config.block_size
+            return NEVER
+        return (request.num_published_blocks + 1) * self.config.block_size
+
+    def _publish(self, row: int) -> None:
+        request, num_computed = self.running.requests[row], int(self.running.num_computed[row])
+        num_full = num_computed // self.config.block_size
         self._extend_hashes(request, num_full)
         for index in range(request.num_published_blocks, num_full):
             self.pool.publish(request.block_ids[index], request.block_hashes[index])
         request.num_published_blocks = num_full
+        self.running.publishes_at[row] = self._publishes_at(request)
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> None:
         hashes, size = request.block_hashes, self.config.block_size
@@ -302,7 +372,7 @@ class Scheduler:
             hashes.append(block_hash(hashes[-1], request.token_ids[start : start + size]))
 
     def _count_prefix_hit(self, request: Request) -> None:
-        request.num_cached_tokens = request.num_computed_tokens
+        request.num_cached_tokens = request.num_prefilled_tokens
         self.prefix_cache.num_requests += 1
         self.prefix_cache.num_queried_tokens += len(request.token_ids)
         self.prefix_cache.num_hit_tokens += request.num_cached_tokens
@@ -328,12 +398,25 @@ class Scheduler:
     def check_integrity(self) -> list[str]:
         """Everything that is wrong with the books; empty when all is well. O(blocks held)."""
         errors = self.pool.check_integrity(request.block_ids for request in self.running)
+        errors += self.running.check_integrity(self.config.block_size)
         slots = [request.slot for request in self.running] + self._free_slots
         if sorted(slots) != list(range(self.config.max_num_seqs)):
             errors.append(f"slots in use or free are {sorted(slots)}")
+        ending = [len(self._ending_ids(request)) for request in self.running]
+        if self._num_ending.sum() != 1 + sum(ending):
+            errors.append(f"ending tokens are counted {self._num_ending.sum()} times")
         errors += [
             f"request {request.request_id} waits but holds {len(request.block_ids)} blocks"
             for request in (*self.waiting, *self.held)
             if request.block_ids
         ]
         return errors
+
+
+def _rows_where(mask: Mask) -> list[int]:
+    return mask.nonzero()[0].tolist()
+
+
+def _select(column: list[T], chosen: list[bool] | None) -> list[T]:
+    """The chosen rows of a column, or a copy of it all."""
+    return column.copy() if chosen is None else list(compress(column, chosen))

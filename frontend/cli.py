@@ -181,6 +181,9 @@ def _add_log_flags(group: argparse._ArgumentGroup) -> None:
 def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", help="auto, cpu or cuda (default auto)")
     group.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (default auto)")
+    group.add_argument(
+        "--quantization", help="int8: weights as 8-bit integers (CPU; default: as they are stored)"
+    )
     for flag, what in (
         ("--max-model-len", "longest prompt plus output, in tokens (default: the model's)"),
         ("--max-num-seqs", "sequences running at once (default 256)"),
@@ -200,7 +203,7 @@ def _add_engine_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="results do not depend on what is computed together (CPU; slower)",
+        help="insist that results do not depend on what is computed together (CPU)",
     )
     group.add_argument("--runner", help="model, or fake for load tests without one (default model)")
     group.add_argument(

@@ -9,10 +9,10 @@ utility reply or a wave with anything (each of these kills a vllm-rs front end f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from ipc import expect
 from ipc.codec import Frames, pack, unpack
@@ -96,6 +96,37 @@ class EngineCoreOutput(NamedTuple):
     error: OutputError | None = None
 
 
+class StepOutputs(Sequence[EngineCoreOutput]):
+    """A step's outputs: some of any kind, then those that stream one token and nothing else, as two
+    columns. Of these there are hundreds, and they go to bytes without an object for each.
+    """
+
+    __slots__ = ("others", "request_ids", "token_ids")
+
+    def __init__(
+        self,
+        request_ids: Sequence[str],
+        token_ids: Sequence[int],
+        others: Sequence[EngineCoreOutput] = (),
+    ) -> None:
+        self.request_ids, self.token_ids, self.others = request_ids, token_ids, others
+
+    def __len__(self) -> int:
+        return len(self.request_ids) + len(self.others)
+
+    @overload
+    def __getitem__(self, index: int) -> EngineCoreOutput: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[EngineCoreOutput]: ...
+    def __getitem__(self, index: int | slice) -> EngineCoreOutput | list[EngineCoreOutput]:
+        return [*self][index]
+
+    def __iter__(self) -> Iterator[EngineCoreOutput]:
+        yield from self.others
+        for request_id, token_id in zip(self.request_ids, self.token_ids, strict=True):
+            yield EngineCoreOutput(request_id, (token_id,))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineCoreOutputs:
     """One message to one front end: outputs of a step, or a utility's reply, or (to a coordinator)
@@ -131,12 +162,12 @@ def encode_outputs(outputs: EngineCoreOutputs, *, full: bool = False) -> list[by
     message no peer may get."""
     _refuse_fatal_shapes(outputs)
     aux: list[bytes] = []
-    rows = [
-        output[:2]
-        if not full and output[2:] == _STREAMING_TAIL
-        else _row_to_wire(output, aux, full)
-        for output in outputs.outputs
-    ]
+    step = outputs.outputs
+    if isinstance(step, StepOutputs) and not full:
+        rows: list[Sequence[object]] = [_row_to_wire(output, aux, full) for output in step.others]
+        rows += zip(step.request_ids, zip(step.token_ids, strict=True), strict=True)
+    else:
+        rows = [_row_to_wire(output, aux, full) for output in step]
     stats, reply = outputs.scheduler_stats, outputs.utility_output
     body: list[object] = [
         outputs.engine_index,
@@ -170,7 +201,9 @@ def _refuse_fatal_shapes(outputs: EngineCoreOutputs) -> None:
         )
 
 
-def _row_to_wire(output: EngineCoreOutput, aux: list[bytes], full: bool) -> list[object]:
+def _row_to_wire(output: EngineCoreOutput, aux: list[bytes], full: bool) -> Sequence[object]:
+    if not full and output[2:] == _STREAMING_TAIL:
+        return output[:2]
     row: list[object] = list(output)
     if output.new_logprobs is not None:
         row[2] = logprobs_to_wire(output.new_logprobs, aux)

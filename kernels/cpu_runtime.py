@@ -8,8 +8,8 @@ numba has no bfloat16, so a bfloat16 is a uint16 here: the upper half of a float
 `narrow` convert one element; they, and whole kernels, specialise on the element's type, which a
 call passes as a zero of that type (`element_of`).
 
-The cache (kernels/__pycache__) notices changes of a function's own file only: after a change in
-this file, delete it.
+numba's cache notices changes of a function's own file, but not of what it calls; so each version of
+these files as a whole has a cache of its own.
 
 Results are reproducible bit for bit. The compiler may fuse a product and a sum, which it does for
 an element in one way; only in loops that add up (`summing_jit`) may it also reorder, over as many
@@ -20,16 +20,18 @@ scalar twin for arrays that (seem to) overlap, so an element's rounding would de
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba.core import cgutils
-from numba.core.types import uint16, void
+from numba.core.types import uint16
 from numba.core.types.misc import CPointer
 from numba.extending import intrinsic, overload
 from torch import Tensor
@@ -42,11 +44,28 @@ FUSING = {"contract", "nsz"}
 SUMMING = FUSING | {"reassoc"}
 CACHE_LINE_BYTES = 64
 LOG2_E = 1.4426950408889634
-MAX_THREADS: int = numba.config.NUMBA_NUM_THREADS
-SERIAL_BELOW_FLOP = 1 << 20
-"""Work worth less than this (some 30 us on one core) is not worth waking other threads for."""
 
-_ELEMENTS = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0)}
+_ELEMENTS = {
+    torch.float32: np.float32(0),
+    torch.bfloat16: np.uint16(0),
+    torch.int8: np.int8(0),
+}
+
+
+def _choose_cache() -> None:
+    """In NUMBA_CACHE_DIR if that is set, else beside these files or in the user's folder."""
+    here = Path(__file__).parent
+    version = hashlib.sha256()
+    for path in sorted(here.glob("cpu_*.py")):
+        version.update(path.read_bytes())
+    beside = here / "__pycache__"
+    base = Path(os.environ.get("NUMBA_CACHE_DIR") or beside)
+    if base == beside and not os.access(beside if beside.exists() else here, os.W_OK):
+        base = Path("~/.cache/caesura").expanduser()
+    numba.config.CACHE_DIR = str(base / f"cpu_kernels_{version.hexdigest()[:12]}")
+
+
+_choose_cache()
 
 
 def jit(function: F) -> F:
@@ -59,17 +78,22 @@ def summing_jit(function: F) -> F:
     return _compile(function, fastmath=SUMMING)
 
 
-def parallel_jit(function: F) -> F:
-    """Compile a kernel whose `prange` loops are spread over threads."""
-    return _compile(function, fastmath=FUSING, parallel=True)
+def compile_task(function: Callable[..., None], signature: Any) -> Any:
+    """Compile a function for callers in compiled code: the result's `address` is its address."""
+    options: dict[str, Any] = {"error_model": "numpy"}
+    try:
+        return numba.cfunc(signature, cache=True, **options)(function)
+    except RuntimeError:
+        _warn_of_no_cache()
+        return numba.cfunc(signature, **options)(function)
 
 
 def _compile(function: F, **options: Any) -> F:
     try:
-        compiled: F = numba.njit(cache=True, error_model="numpy", **options)(function)
+        compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
     except RuntimeError:  # no folder to keep the cache in
         _warn_of_no_cache()
-        compiled = numba.njit(error_model="numpy", **options)(function)
+        compiled = numba.njit(nogil=True, error_model="numpy", **options)(function)
     return compiled
 
 
@@ -81,25 +105,19 @@ def _warn_of_no_cache() -> None:
     )
 
 
-def element_of(tensor: Tensor) -> Any:
-    """The zero that stands for a tensor's element type. Raises TypeError for an unsupported one."""
+def zero_of(dtype: torch.dtype) -> Any:
+    """The zero that stands for an element type. Raises TypeError for an unsupported one."""
     try:
-        return _ELEMENTS[tensor.dtype]
+        return _ELEMENTS[dtype]
     except KeyError:
         raise TypeError(
-            f"no CPU kernels for {tensor.dtype}: load the model as float32 or bfloat16"
+            f"no CPU kernels for {dtype}: load the model as float32 or bfloat16"
         ) from None
 
 
-def run_each(serial: Any, parallel: Any, count: int, flop: int, *arguments: Any) -> None:
-    """Run a kernel for items 0 .. count - 1: `serial(0, count, *arguments)` on this thread, or, if
-    the work is worth it, `parallel(count, *arguments)` on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), MAX_THREADS) if flop >= SERIAL_BELOW_FLOP else 1
-    if threads == 1:
-        serial(0, count, *arguments)
-    else:
-        numba.set_num_threads(threads)
-        parallel(count, *arguments)
+def element_of(tensor: Tensor) -> Any:
+    """The zero that stands for a tensor's element type. Raises TypeError for an unsupported one."""
+    return zero_of(tensor.dtype)
 
 
 def _pointer(typing_context: Any, address: Any, element: Any) -> Any:
@@ -109,27 +127,30 @@ def _pointer(typing_context: Any, address: Any, element: Any) -> Any:
     return CPointer(element)(address, element), generate
 
 
-def _prefetch(typing_context: Any, array: Any, index: Any) -> Any:
+def _record_at(typing_context: Any, address: Any, dtype: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), cgutils.voidptr_t)
-        number = ir.IntType(32)
-        function_type = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [place.type], function_type)
-        for_read, second_level, data_cache = (ir.Constant(number, n) for n in (0, 2, 1))
-        builder.call(function, [place, for_read, second_level, data_cache])
-        return context.get_dummy_value()
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return void(array, index), generate
+    return CPointer(dtype.dtype)(address, dtype), generate
+
+
+def _stack_room(typing_context: Any, element: Any, count: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        room = context.get_value_type(signature.return_type).pointee
+        return cgutils.alloca_once(builder, room, size=count.literal_value)
+
+    return CPointer(element)(element, count), generate
 
 
 pointer: Any = intrinsic(_pointer)
 """pointer(address, element): an address as a pointer to elements of that type, for `carray`."""
 
-prefetch: Any = intrinsic(_prefetch)
-"""prefetch(array, index): ask the CPU to bring an element of a contiguous array into its
-second-level cache. The index counts from the array's start, whatever its shape, and may lie past
-its end."""
+stack_room: Any = intrinsic(prefer_literal=True)(_stack_room)
+"""stack_room(element, count): room for a constant number of elements, until the function returns,
+as a pointer for `carray`."""
+
+record_at: Any = intrinsic(_record_at)
+"""record_at(address, dtype): an address as a pointer to records of a numpy dtype, for `carray`."""
 
 
 def widen(element: Any) -> Any:
@@ -164,6 +185,21 @@ def _narrow(value: Any, element: Any) -> Any:
     return narrow_bfloat16 if element == uint16 else narrow_float32
 
 
+def itemsize(element: Any) -> Any:
+    """Bytes of an element of this type."""
+    raise NotImplementedError("compiled code only")
+
+
+def _itemsize(element: Any) -> Any:
+    size = element.bitwidth // 8
+
+    def size_of_element(element: Any) -> Any:
+        return size
+
+    return size_of_element
+
+
+overload(itemsize)(_itemsize)
 overload(widen)(_widen)
 overload(narrow)(_narrow)
 

@@ -79,9 +79,9 @@ class Implementation(Protocol):
 def implementation(device_type: str) -> Implementation:
     """The module for a device type, imported on first use; ValueError for an unknown device."""
     if device_type == "cpu":
-        from kernels import cpu_kernels
+        from kernels import reference
 
-        return cpu_kernels
+        return reference
     if device_type == "cuda":
         from kernels import triton_kernels
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from engine_core.model.config import ModelConfig
+from engine_core.model.linear import Linear, TorchLinear
 from engine_core.model.parts import EMBEDDING, Parts
 from kernels import ops
 
@@ -56,12 +58,15 @@ class Decoder:
         self._embedding = parts.tensors[EMBEDDING]
         self._layers = [_Layer(config, parts, index) for index in range(config.num_layers)]
         self._norm = parts.tensors["model.norm.weight"]
-        self._lm_head = parts.linears["lm_head"]
+        self._lm_head = _torch_linear(parts.linears["lm_head"])
         self._cos_sin = cos_sin
 
-    def with_parts(self, parts: Parts) -> Decoder:
+    def with_parts(self, parts: Parts) -> Self:
         """The same model with some other parts; takes some microseconds a layer."""
-        return Decoder(self.config, self.parts.with_parts(parts), self._cos_sin)
+        return type(self)(self.config, self.parts.with_parts(parts), self._cos_sin)
+
+    def bind_thread(self) -> None:
+        """Nothing to do: the GPU computes."""
 
     def forward(self, step: StepInputs, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Write the step's keys and values to the cache (a pair of tensors a layer), and compute
@@ -93,10 +98,10 @@ class _Layer:
         prefix = f"model.layers.{index}."
         self._config = config
         self._scale = config.head_size**-0.5
-        self._qkv = parts.linears[f"{prefix}self_attn.qkv_proj"]
-        self._output = parts.linears[f"{prefix}self_attn.o_proj"]
-        self._gate_up = parts.linears[f"{prefix}mlp.gate_up_proj"]
-        self._down = parts.linears[f"{prefix}mlp.down_proj"]
+        self._qkv = _torch_linear(parts.linears[f"{prefix}self_attn.qkv_proj"])
+        self._output = _torch_linear(parts.linears[f"{prefix}self_attn.o_proj"])
+        self._gate_up = _torch_linear(parts.linears[f"{prefix}mlp.gate_up_proj"])
+        self._down = _torch_linear(parts.linears[f"{prefix}mlp.down_proj"])
         self.input_norm = parts.tensors[f"{prefix}input_layernorm.weight"]
         self.post_attention_norm = parts.tensors[f"{prefix}post_attention_layernorm.weight"]
         self._query_norm = parts.tensors.get(f"{prefix}self_attn.q_norm.weight")
@@ -150,3 +155,8 @@ class _Layer:
     def feed_forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""
         return self._down(ops.silu_and_mul(self._gate_up(x)))
+
+
+def _torch_linear(linear: Linear) -> TorchLinear:
+    assert isinstance(linear, TorchLinear), "parts of another device"
+    return linear

@@ -2,14 +2,13 @@
 
 A block holds the keys and values of `block_size` tokens in every layer. Each layer has two tensors
 [num_blocks, num_kv_heads, block_size, head_size]; a block's id is its first index in all of them.
+Within a block and head, the CPU's kernels arrange it their own way (`kernels.cpu_kv_cache`).
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,9 +77,10 @@ def allocate_kv_cache(
     def zeros() -> Tensor:
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        # numpy asks the system for zeroed pages; torch.zeros would write every one of them.
-        pages = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-        return torch.from_numpy(pages).view(dtype).view(shape)
+        # Imported only here: it brings numba, which GPUs do without.
+        from kernels import cpu_memory
+
+        return cpu_memory.zeros(shape, dtype)
 
     try:
         return [(zeros(), zeros()) for _ in range(model.num_layers)]

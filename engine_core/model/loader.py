@@ -10,18 +10,25 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine_core.model.config import ModelConfig, read_eos_token_ids, read_model_config
 from engine_core.model.decoder import Decoder
 from engine_core.model.errors import ModelError
 from engine_core.model.kv_cache import allocate_kv_cache, choose_num_blocks
-from engine_core.model.parts import Parts, PartsBuilder, PartsForm, part_specs
+from engine_core.model.parts import EMBEDDING, Parts, PartsBuilder, PartsForm, part_specs
 from engine_core.model.rope import cos_sin_table
-from engine_core.model.runner import TorchModelRunner
+from engine_core.model.runner import Model, TorchModelRunner
 from engine_core.model.weights import (
     Checkpoint,
     TensorRules,
@@ -31,10 +38,9 @@ from engine_core.model.weights import (
 )
 from ipc.engine_config import EngineConfig
 
-_WARM_UP_ELEMENTS = 2**18
-"""Tokens times hidden size of the first step: enough that its kernels are worth several threads."""
-_MIN_WARM_UP_TOKENS = 64
-
+_WARM_UP_TOKENS = 64
+_NEWS_INTERVAL_S = 5.0
+"""Between two lines about kernels that are being compiled."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,28 +61,31 @@ class ResolvedModel:
 
 
 def load_runner(
-    config: EngineConfig, num_local_engines: int = 1
+    config: EngineConfig, num_local_engines: int = 1, local_rank: int = 0
 ) -> tuple[TorchModelRunner, ResolvedModel]:
     """Load the model and allocate its KV cache.
 
-    `num_local_engines` engines share this host's cores and memory. Raises ModelError naming what is
-    wrong with the model or with what is asked of it.
+    `num_local_engines` engines, of which this is number `local_rank`, share this host's cores and
+    memory. Raises ModelError naming what is wrong with the model or with what is asked of it.
     """
     device = _choose_device(config.device)
-    if config.deterministic and device.type != "cpu":
-        raise ModelError("deterministic=True is supported on the CPU only; use device='cpu'")
-    if device.type == "cpu":
-        num_cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(config.num_threads or max(1, num_cores // num_local_engines))
+    if device.type != "cpu":
+        _refuse_cpu_features(config)
     directory = model_directory(config.model)
     model_config = read_model_config(directory)
     max_model_len = _choose_max_model_len(config.max_model_len, model_config)
-    dtype_name = _choose_dtype(config.dtype, device, directory, model_config)
+    dtype_name = _choose_dtype(config, device, directory, model_config)
     dtype: torch.dtype = getattr(torch, dtype_name)
-    form = PartsForm(dtype=dtype, device=device, deterministic=config.deterministic)
+    form = PartsForm(dtype=dtype, device=device, to_int8=config.quantization == "int8")
     with torch.inference_mode():
         cos_sin = cos_sin_table(model_config.rope, model_config.head_size, max_model_len, device)
-        model = Decoder(model_config, load_parts(model_config, directory, form), cos_sin)
+        parts = load_parts(model_config, directory, form)
+        model: Model
+        if device.type == "cpu":
+            cores = _share_of_cores(num_local_engines, local_rank)
+            model = _make_cpu_model(config, model_config, parts, cos_sin, cores)
+        else:
+            model = Decoder(model_config, parts, cos_sin)
         num_blocks = choose_num_blocks(
             config,
             model_config,
@@ -94,9 +103,7 @@ def load_runner(
         seed=config.seed,
         form=form,
     )
-    logger.info("warming up (on its first start, a machine compiles the kernels: some seconds)")
-    num_tokens = max(_MIN_WARM_UP_TOKENS, _WARM_UP_ELEMENTS // model_config.hidden_size)
-    runner.warm_up(min(num_tokens, max_model_len - 1))
+    runner.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1))
     resolved = ResolvedModel(
         max_model_len=max_model_len,
         dtype=dtype_name,
@@ -112,9 +119,40 @@ def load_parts(config: ModelConfig, directory: Path, form: PartsForm) -> Parts:
     checkpoint, rules = Checkpoint(weight_paths(directory)), TensorRules(config)
     rules.check_all(checkpoint.infos)
     builder = PartsBuilder(part_specs(config), form)
-    for name in rules.shapes:
-        builder.add(name, checkpoint.read(name))
+    for name, tensor in _read_ahead(checkpoint, list(rules.shapes)):
+        builder.add(name, tensor)
     return builder.finish()
+
+
+def _read_ahead(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor, read while the one before it is made use of."""
+    with ThreadPoolExecutor(1) as reader:
+        pending = deque([reader.submit(checkpoint.read, names[0])])
+        for index, name in enumerate(names):
+            if index + 1 < len(names):
+                pending.append(reader.submit(checkpoint.read, names[index + 1]))
+            yield name, pending.popleft().result()
+
+
+@contextmanager
+def _telling_of_slow_compilation() -> Iterator[None]:
+    """The first start on a machine compiles the kernels, and should not look as if it hung."""
+    done, start_s = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(_NEWS_INTERVAL_S):
+            logger.info(
+                "compiling kernels for this machine, once: %.0f s so far",
+                time.monotonic() - start_s,
+            )
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def _choose_device(asked: str) -> torch.device:
@@ -142,9 +180,51 @@ def _choose_max_model_len(asked: int | None, model: ModelConfig) -> int:
     )
 
 
-def _choose_dtype(asked: str, device: torch.device, directory: Path, model: ModelConfig) -> str:
+def _refuse_cpu_features(config: EngineConfig) -> None:
+    if config.deterministic:
+        raise ModelError("deterministic=True is supported on the CPU only; use device='cpu'")
+    if config.quantization is not None:
+        raise ModelError(
+            f"quantization={config.quantization!r} is supported on the CPU only; use device='cpu'"
+        )
+
+
+def _share_of_cores(num_local_engines: int, local_rank: int) -> list[int]:
+    """This engine's share of the cores that the process may use; none if they do not go round."""
+    cores = sorted(os.sched_getaffinity(0))
+    begin, end = (len(cores) * rank // num_local_engines for rank in (local_rank, local_rank + 1))
+    return cores[begin:end]
+
+
+def _make_cpu_model(
+    config: EngineConfig, model: ModelConfig, parts: Parts, cos_sin: Tensor, cores: Sequence[int]
+) -> Model:
+    # Imported only here: it brings numba, which GPUs do without.
+    from engine_core.model.cpu_decoder import CpuDecoder
+    from kernels.cpu_kv_cache import check_block_size
+    from kernels.cpu_team import Team
+
+    check_block_size(config.block_size, parts.tensors[EMBEDDING].dtype)
+    num_threads = config.num_threads or max(1, len(cores))
+    # One thread alone, or more threads than cores, are best left to the system.
+    has_cores = 1 < num_threads <= len(cores)
+    with _telling_of_slow_compilation():
+        team = Team(num_threads, cores[:num_threads] if has_cores else ())
+        return CpuDecoder(model, parts, cos_sin, team)
+
+
+def _choose_dtype(
+    config: EngineConfig, device: torch.device, directory: Path, model: ModelConfig
+) -> str:
+    asked = config.dtype
     if asked == "float16" and device.type == "cpu":
         raise ModelError("dtype='float16' is not supported on a CPU; use 'bfloat16' or 'float32'")
+    if config.quantization == "int8":
+        if asked not in ("auto", "bfloat16"):
+            raise ModelError(
+                f"quantization='int8' computes in bfloat16, not dtype={asked!r}; leave dtype out"
+            )
+        return "bfloat16"
     if asked != "auto":
         return asked
     stored = model.dtype or stored_dtype(directory, "model.embed_tokens.weight")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine_core.model.config import ModelConfig
 from engine_core.model.errors import ModelError
-from engine_core.model.linear import FixedTileLinear, Linear
+from engine_core.model.linear import Linear, TorchLinear
 
 Shape = tuple[int, ...]
 
@@ -49,6 +49,8 @@ class PartSpec:
     """The tensors' names and shapes, from the first row to the last."""
     biases: Mapping[str, Shape] = field(default_factory=dict)
     is_linear: bool = True
+    num_groups: int = 1
+    """Of outputs, each of which is computed with by itself."""
 
     @property
     def num_tensors(self) -> int:
@@ -72,10 +74,12 @@ def _layer_specs(config: ModelConfig, index: int) -> list[PartSpec]:
     hidden, intermediate, head_size = config.hidden_size, config.intermediate_size, config.head_size
     of_queries, of_keys = config.num_heads * head_size, config.num_kv_heads * head_size
 
-    def linear(name: str, outputs: Mapping[str, int], inputs: int, has_bias: bool) -> PartSpec:
+    def linear(
+        name: str, outputs: Mapping[str, int], inputs: int, has_bias: bool, num_groups: int = 1
+    ) -> PartSpec:
         weights = {f"{prefix}{each}.weight": (rows, inputs) for each, rows in outputs.items()}
         biases = {f"{prefix}{each}.bias": (rows,) for each, rows in outputs.items()}
-        return PartSpec(prefix + name, weights, biases if has_bias else {})
+        return PartSpec(prefix + name, weights, biases if has_bias else {}, num_groups=num_groups)
 
     def norm(name: str, size: int) -> PartSpec:
         tensor = f"{prefix}{name}.weight"
@@ -94,7 +98,7 @@ def _layer_specs(config: ModelConfig, index: int) -> list[PartSpec]:
         *(qk_norms if config.qk_norm else ()),
         linear("self_attn.o_proj", {"self_attn.o_proj": hidden}, of_queries, config.output_bias),
         norm("post_attention_layernorm", hidden),
-        linear("mlp.gate_up_proj", gate_up, hidden, config.mlp_bias),
+        linear("mlp.gate_up_proj", gate_up, hidden, config.mlp_bias, num_groups=2),
         linear("mlp.down_proj", {"mlp.down_proj": hidden}, intermediate, config.mlp_bias),
     ]
 
@@ -105,8 +109,8 @@ class PartsForm:
 
     dtype: torch.dtype
     device: torch.device
-    deterministic: bool = False
-    """A row's product does not depend on the rows beside it (`FixedTileLinear`)."""
+    to_int8: bool = False
+    """Weights of linear layers are rounded to int8 (`kernels.cpu_linear`); on a CPU only."""
 
 
 class PartsBuilder:
@@ -135,7 +139,7 @@ class PartsBuilder:
         """Take in a tensor that fits its parts' specs and that nobody else will change. Raises
         ModelError if it holds NaN or infinities: nothing computed with them means anything.
         """
-        tensor = tensor.to(self._form.device, self._form.dtype)
+        tensor = tensor.to(self._form.device, self._form.dtype).contiguous()
         _check_finite(name, tensor)
         for spec in self._specs[name]:
             if self._open is not spec:
@@ -163,35 +167,45 @@ class PartsBuilder:
 
     def _make_linear(self, spec: PartSpec) -> Linear:
         present = self._made.linears.get(spec.name) or self._base.linears.get(spec.name)
-        bias = self._stack(spec.biases, present.bias if present else None)
+        bias = present.bias if present else None
+        if self._received.keys() & spec.biases.keys():
+            bias = torch.cat(self._complete(spec.biases, bias))
         if present and not self._received.keys() & spec.weights.keys():
             return present.with_bias(bias)
         is_complete = self._received.keys() >= spec.weights.keys()
-        weight = self._stack(spec.weights, present.weight if present and not is_complete else None)
-        assert weight is not None
-        return (FixedTileLinear if self._form.deterministic else Linear)(weight, bias)
+        old = present.weight if present and not is_complete else None
+        weights = self._complete(spec.weights, old)
+        if self._form.device.type != "cpu":
+            return TorchLinear(torch.cat(weights), bias)
+        # Imported only here: it brings numba, which GPUs do without.
+        from engine_core.model.cpu_linear import PackedLinear
 
-    def _stack(self, shapes: Mapping[str, Shape], present: Tensor | None) -> Tensor | None:
-        """Received tensors and rows of `present` one below the other; None for no tensors."""
-        if not self._received.keys() & shapes.keys():
-            return present
-        if len(shapes) == 1:
-            return self._received[next(iter(shapes))]
-        if present is None:
-            return torch.cat([self._received[name] for name in shapes])
-        rows = torch.split(present, [shape[0] for shape in shapes.values()])
-        return torch.cat(
-            [self._received.get(name, old) for name, old in zip(shapes, rows, strict=True)]
-        )
+        return PackedLinear(weights, bias, num_groups=spec.num_groups, to_int8=self._form.to_int8)
+
+    def _complete(self, shapes: Mapping[str, Shape], present: Tensor | None) -> list[Tensor]:
+        """The received tensors of a stack, and rows of `present` in the places of others."""
+        rows: Sequence[Tensor | None] = [None] * len(shapes)
+        if present is not None:
+            rows = torch.split(present, [shape[0] for shape in shapes.values()])
+        tensors = [self._received.get(name, old) for name, old in zip(shapes, rows, strict=True)]
+        return [tensor for tensor in tensors if tensor is not None]
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    # One pass without temporaries; a NaN makes both ends NaN.
-    least, greatest = torch.aminmax(tensor)
-    if math.isfinite(least) and math.isfinite(greatest):
+    if _is_finite(tensor):
         return
     num_bad = tensor.numel() - int(tensor.isfinite().sum())
     raise ModelError(
         f"tensor {name!r} holds {num_bad} values of {tensor.numel()} that are not finite in "
         f"{str(tensor.dtype).removeprefix('torch.')}; check the training run that wrote it"
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.device.type != "cpu":
+        # One pass without temporaries; a NaN makes both ends NaN.
+        least, greatest = torch.aminmax(tensor)
+        return math.isfinite(least) and math.isfinite(greatest)
+    from kernels.cpu_checks import is_finite
+
+    return is_finite(tensor)

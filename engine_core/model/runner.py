@@ -6,22 +6,22 @@ Invariants
 - Only rows that sample, and prompts that asked for log-probabilities, pay for logits; of prompts
   no more than `_MAX_PROMPT_LOGITS` are in memory at once.
 - New weights are prepared on another thread (`stage`) and take effect between two steps (`commit`).
-- A deterministic runner samples and judges one row at a time: how a reduction over the vocabulary
-  is split among threads depends on the number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine_core.batch import JoinedSequence, StepBatch, StepResult
-from engine_core.model.decoder import Decoder
-from engine_core.model.parts import PartsForm
-from engine_core.model.persistent_batch import Integers, PersistentBatch
+from engine_core.model.config import ModelConfig
+from engine_core.model.decoder import StepInputs
+from engine_core.model.parts import Parts, PartsForm
+from engine_core.model.persistent_batch import PersistentBatch
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import gather_logprobs
 from engine_core.model.updates import StagedParts, UpdateStager
@@ -35,12 +35,27 @@ _MAX_PROMPT_LOGITS = 2**24
 """Logits of one chunk of a prompt's positions: 64 MiB, and as much again for their logarithms."""
 
 
+class Model(Protocol):
+    """A decoder; see `engine_core.model.decoder.Decoder`, or the CPU's own."""
+
+    config: ModelConfig
+    parts: Parts
+
+    def with_parts(self, parts: Parts) -> Self: ...
+
+    def bind_thread(self) -> None: ...
+
+    def forward(self, step: StepInputs, kv_cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor: ...
+
+    def logits(self, states: Tensor) -> Tensor: ...
+
+
 class TorchModelRunner:
     """Implements `ModelRunner` with PyTorch; `engine_core.model.loader.load_runner` makes one."""
 
     def __init__(
         self,
-        model: Decoder,
+        model: Model,
         kv_cache: Sequence[tuple[Tensor, Tensor]],
         *,
         max_num_seqs: int,
@@ -54,14 +69,16 @@ class TorchModelRunner:
         keys, _ = kv_cache[0]
         self.num_blocks: int = keys.shape[0]
         self.vocab_size = model.config.vocab_size
-        self._model = model
+        self._model: Model = model
         self._kv_cache = kv_cache
         self._device = keys.device
         self._batch = PersistentBatch(max_num_seqs, max_model_len, keys.shape[2], keys.device)
         self._sampler = Sampler(max_num_seqs, self.vocab_size, keys.device, seed)
         self._owed_prompt_logprobs = OwedPromptLogprobs(self.vocab_size)
-        self._is_deterministic = form.deterministic
         self._stager = UpdateStager(model.config, form)
+
+    def bind_thread(self) -> None:
+        self._model.bind_thread()
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -72,8 +89,8 @@ class TorchModelRunner:
         for sequence in batch.joined:
             self._sampler.join(sequence)
         spans = self._owed_prompt_logprobs.take_spans(batch)
-        if not batch.slots:
-            return StepResult([])
+        if not len(batch.slots):
+            return StepResult()
         step = self._batch.prepare(batch, spans)
         states = self._model.forward(step.inputs, self._kv_cache)
         slots, positions = step.sampled_slots, step.sampled_positions
@@ -81,23 +98,11 @@ class TorchModelRunner:
         if not len(slots):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            return StepResult([], prompt_logprobs=of_prompts)
+            return StepResult(prompt_logprobs=of_prompts)
         logits = self._model.logits(states[: len(slots)])
-        token_ids, logprobs = self._sample(logits, slots, positions)
+        token_ids, logprobs = self._sampler.sample(logits, slots, positions)
         self._batch.append_tokens(slots, positions, token_ids)
-        return StepResult(token_ids.tolist(), logprobs, of_prompts)
-
-    def _sample(
-        self, logits: Tensor, slots: Integers, positions: Integers
-    ) -> tuple[Integers, dict[int, LogprobsLists]]:
-        if not self._is_deterministic:
-            return self._sampler.sample(logits, slots, positions)
-        token_ids, logprobs = np.empty_like(slots), {}
-        for row, logits_of_row in enumerate(_single_rows(logits)):
-            at = slice(row, row + 1)
-            token_ids[at], of_row = self._sampler.sample(logits_of_row, slots[at], positions[at])
-            logprobs.update(of_row)
-        return token_ids, logprobs
+        return StepResult(token_ids, logprobs, of_prompts)
 
     def _judge_prompts(
         self, states: Tensor, spans: Sequence[PromptSpan]
@@ -118,12 +123,9 @@ class TorchModelRunner:
         chunks = zip(torch.split(states, num_rows), torch.split(next_tokens, num_rows), strict=True)
         parts = []
         for some, tokens in chunks:
-            logits = self._model.logits(some)
-            pieces = zip(_single_rows(logits), torch.split(tokens, 1), strict=True)
-            for piece, of_piece in pieces if self._is_deterministic else [(logits, tokens)]:
-                gathered = gather_logprobs(piece, of_piece, span.num_alternatives)
-                ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
-                parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
+            gathered = gather_logprobs(self._model.logits(some), tokens, span.num_alternatives)
+            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+            parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
         return join_logprobs(parts)
 
     def warm_up(self, num_tokens: int) -> None:
@@ -139,16 +141,8 @@ class TorchModelRunner:
             block_ids=list(range(num_tokens // block_size + 1)),
             sampling=SamplingParams(temperature=0.0, seed=0),
         )
-        prefill = StepBatch(
-            joined=[sequence],
-            slots=[0],
-            num_new_tokens=[num_tokens],
-            num_computed_tokens=[0],
-            samples=[True],
-        )
-        decode = StepBatch(
-            slots=[0], num_new_tokens=[1], num_computed_tokens=[num_tokens], samples=[False]
-        )
+        prefill = StepBatch(joined=[sequence]).with_rows([(0, num_tokens, 0, True)])
+        decode = StepBatch().with_rows([(0, 1, num_tokens, False)])
         for batch in (prefill, decode, StepBatch(left=[0])):
             self.execute(batch)
 
@@ -179,8 +173,3 @@ class TorchModelRunner:
     def leave_group(self, group_name: str) -> None:
         """Raises ValueError if there is no such group."""
         self._stager.groups.leave(group_name)
-
-
-def _single_rows(logits: Tensor) -> Iterator[Tensor]:
-    """[S, V] -> S copies of [1, V], each as freshly aligned as any other."""
-    return (row.clone() for row in torch.split(logits, 1))

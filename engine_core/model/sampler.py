@@ -6,8 +6,10 @@ penalties; then the likeliest token if greedy, else temperature, min-p, top-k, t
 Invariants
 - A draw depends only on the row's logits, its seed and the position of the new token in prompt plus
   output: not on the batch, and not on whether the sequence was preempted in between. (A sequence
-  that brings no seed is given a fresh one each time it joins.)
-- Nobody pays for a feature that no row of the step uses; a greedy batch costs one argmax.
+  that brings no seed is given a fresh one each time it joins.) On a CPU this holds bit for bit, of
+  log-probabilities too.
+- Nobody pays for a feature that no row of the step uses; a greedy batch costs one argmax. What the
+  rows of a batch use is looked up again only when other rows come.
 - Log-probabilities are those of the model: before temperature, penalties and every mask.
 - A row whose largest logit is no finite number (NaN and infinities are) gets NO_TOKEN; a token made
   up for it would look like any other.
@@ -23,15 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine_core.batch import NO_TOKEN, JoinedSequence
-from engine_core.model.sampling_ops import (
-    apply_penalties,
-    gather_logprobs,
-    pick_tokens,
-    top_k_cutoffs,
-    top_p_cutoffs,
-    uniform_draws,
-)
+from engine_core.batch import Integers, JoinedSequence
+from engine_core.model.choosers import RowParameters, make_chooser
+from engine_core.model.sampling_ops import apply_penalties, gather_logprobs
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
 
@@ -67,6 +63,20 @@ class _LogitEdits:
         logits[self.biased_ids] += self.biases
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the rows of a batch use."""
+
+    slots: Integers
+    reporting: Integers
+    """Rows that want log-probabilities."""
+    edits: list[tuple[int, _LogitEdits]]
+    """(row, its edits)"""
+    penalised: Integers
+    parameters: RowParameters | None
+    """None if all rows are greedy."""
+
+
 class Sampler:
     """Sampling state of every slot, and the batched draw."""
 
@@ -75,11 +85,14 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._seed_generator = np.random.default_rng(seed)
-        self._temperature = np.zeros(max_num_seqs, np.float32)
-        self._min_p = np.zeros(max_num_seqs, np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float32)
-        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._chooser = make_chooser(vocab_size, device)
+        self._parameters = RowParameters(
+            temperature=np.zeros(max_num_seqs, np.float32),
+            min_p=np.zeros(max_num_seqs, np.float32),
+            top_k=np.zeros(max_num_seqs, np.int64),
+            top_p=np.ones(max_num_seqs, np.float32),
+            seeds=np.zeros(max_num_seqs, np.uint64),
+        )
         self._num_logprobs = np.full(max_num_seqs, _NO_LOGPROBS, np.int64)
         self._edits: dict[int, _LogitEdits] = {}
         self._penalties = np.zeros((max_num_seqs, 3), np.float32)  # presence, frequency, repetition
@@ -87,19 +100,23 @@ class Sampler:
         # [slots, V] each, allocated when the first penalised sequence joins.
         self._output_counts: Tensor | None = None
         self._prompt_mask: Tensor | None = None
+        self._plan: _Plan | None = None
+        """Of the last batch, until a sequence joins."""
 
     # -- slots -----------------------------------------------------------------------------------
 
     def join(self, sequence: JoinedSequence) -> None:
         """Take over a sequence's parameters; replaces whatever its slot held."""
-        slot, params = sequence.slot, sequence.sampling
+        slot, params, by_slot = sequence.slot, sequence.sampling, self._parameters
         vocab_size = self._vocab_size
-        self._temperature[slot] = min(params.temperature, _MOST)
-        self._min_p[slot] = params.min_p
-        self._top_k[slot] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
-        self._top_p[slot] = params.top_p
+        self._plan = None
+        is_greedy = params.temperature < GREEDY_TEMPERATURE
+        by_slot.temperature[slot] = 0 if is_greedy else min(params.temperature, _MOST)
+        by_slot.min_p[slot] = params.min_p
+        by_slot.top_k[slot] = min(params.top_k, vocab_size) if params.top_k > 0 else vocab_size
+        by_slot.top_p[slot] = params.top_p
         seed = self._seed_generator.integers(2**63) if params.seed is None else params.seed
-        self._seeds[slot] = int(seed) % 2**64
+        by_slot.seeds[slot] = int(seed) % 2**64
         if params.logprobs is None:
             self._num_logprobs[slot] = _NO_LOGPROBS
         else:
@@ -135,7 +152,7 @@ class Sampler:
 
     def _count_tokens(self, sequence: JoinedSequence) -> None:
         if self._output_counts is None or self._prompt_mask is None:
-            shape = (len(self._temperature), self._vocab_size)
+            shape = (len(self._is_penalised), self._vocab_size)
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
             self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self._device)
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
@@ -148,8 +165,8 @@ class Sampler:
     # -- a step ----------------------------------------------------------------------------------
 
     def sample(
-        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], dict[int, LogprobsLists]]:
+        self, logits: Tensor, slots: Integers, positions: Integers
+    ) -> tuple[Integers, dict[int, LogprobsLists]]:
         """Draw a token for each row.
 
         `logits` [S, V] float32 may be overwritten; row i is of the sequence in `slots[i]`, and its
@@ -157,29 +174,39 @@ class Sampler:
         (NO_TOKEN where there is none), and by slot the log-probabilities of the rows that want
         them.
         """
-        reporting = np.flatnonzero(self._num_logprobs[slots] != _NO_LOGPROBS)
+        plan = self._plan
+        if plan is None or not np.array_equal(plan.slots, slots):
+            plan = self._plan = self._make_plan(slots)
+        reporting, penalised = plan.reporting, plan.penalised
         raw = logits[self._tensor(reporting)] if len(reporting) else None
-        if self._edits:
-            for row, slot in enumerate(slots.tolist()):
-                if (edits := self._edits.get(slot)) is not None:
-                    edits.apply(logits[row], int(positions[row]))
-        penalised = np.flatnonzero(self._is_penalised[slots])
+        for row, edits in plan.edits:
+            edits.apply(logits[row], int(positions[row]))
         if len(penalised):
             logits[self._tensor(penalised)] = self._penalise(logits, penalised, slots[penalised])
-        largest, tokens = self._choose(logits, slots, positions)
+        if plan.parameters is None:
+            tokens = self._chooser.likeliest(logits)
+        else:
+            tokens = self._chooser.choose(logits, plan.parameters, positions)
         if len(penalised) and self._output_counts is not None:
-            chosen = (self._tensor(slots[penalised]), tokens[self._tensor(penalised)])
+            chosen = (self._tensor(slots[penalised]), self._tensor(tokens[penalised]))
             self._output_counts[chosen] += 1
-        token_ids: NDArray[np.int64] = tokens.cpu().numpy()
         logprobs = {}
         if raw is not None:
-            logprobs = self._report(raw, token_ids[reporting], slots[reporting])
-        token_ids[~np.isfinite(largest.cpu().numpy())] = NO_TOKEN
-        return token_ids, logprobs
+            logprobs = self._report(raw, tokens[reporting], slots[reporting])
+        return tokens, logprobs
 
-    def _penalise(
-        self, logits: Tensor, rows: NDArray[np.int64], slots: NDArray[np.int64]
-    ) -> Tensor:
+    def _make_plan(self, slots: Integers) -> _Plan:
+        parameters = self._parameters.of(slots)
+        rows = enumerate(slots.tolist()) if self._edits else ()
+        return _Plan(
+            slots=slots,
+            reporting=np.flatnonzero(self._num_logprobs[slots] != _NO_LOGPROBS),
+            edits=[(row, self._edits[slot]) for row, slot in rows if slot in self._edits],
+            penalised=np.flatnonzero(self._is_penalised[slots]),
+            parameters=parameters if parameters.temperature.any() else None,
+        )
+
+    def _penalise(self, logits: Tensor, rows: Integers, slots: Integers) -> Tensor:
         assert self._output_counts is not None
         assert self._prompt_mask is not None
         at = self._tensor(slots)
@@ -193,73 +220,27 @@ class Sampler:
             repetition=repetition,
         )
 
-    def _choose(
-        self, logits: Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
-        """The largest logits [S], and the tokens [S] on the device: the likeliest of greedy rows,
-        drawn ones of the others.
-        """
-        drawn = np.flatnonzero(self._temperature[slots] >= GREEDY_TEMPERATURE)
-        if len(drawn) == len(slots):
-            largest = logits.amax(dim=-1)  # A tenth of the time of argmax.
-            return largest, self._draw(logits, largest, slots, positions)
-        tokens = logits.argmax(dim=-1)  # Of a row with NaN, the first of them.
-        largest = logits.gather(1, tokens[:, None])[:, 0]
-        if len(drawn):
-            rows = self._tensor(drawn)
-            some = (logits[rows], largest[rows], slots[drawn], positions[drawn])
-            tokens[rows] = self._draw(*some)
-        return largest, tokens
-
-    def _draw(
-        self,
-        logits: Tensor,
-        largest: Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-    ) -> Tensor:
-        temperature = self._tensor(self._temperature[slots])
-        # The likeliest has weight 1.
-        weights = ((logits - largest[:, None]) / temperature[:, None]).exp_()
-        self._truncate(weights, slots)
-        uniforms = uniform_draws(self._seeds[slots], positions)
-        return pick_tokens(weights, self._tensor(uniforms))
-
-    def _truncate(self, weights: Tensor, slots: NDArray[np.int64]) -> None:
-        """Zero the weights that min-p, top-k and top-p leave out, in this order, in place."""
-        min_p, top_k, top_p = self._min_p[slots], self._top_k[slots], self._top_p[slots]
-        by_k = np.flatnonzero(top_k < self._vocab_size)
-        if len(by_k) or min_p.any():
-            cutoffs = self._tensor(min_p)
-            if len(by_k):
-                rows = self._tensor(by_k)
-                kth = top_k_cutoffs(weights[rows], self._tensor(top_k[by_k]))
-                cutoffs[rows] = cutoffs[rows].maximum(kth)
-            weights.masked_fill_(weights < cutoffs[:, None], 0.0)
-        by_p = np.flatnonzero(top_p < 1.0)
-        if len(by_p):
-            rows = self._tensor(by_p)
-            candidates = weights[rows]
-            targets = self._tensor(top_p[by_p]) * candidates.sum(dim=-1)
-            cutoffs = top_p_cutoffs(candidates, targets)
-            weights[rows] = candidates.masked_fill_(candidates < cutoffs[:, None], 0.0)
-
     def _report(
-        self, logits: Tensor, token_ids: NDArray[np.int64], slots: NDArray[np.int64]
+        self, logits: Tensor, token_ids: Integers, slots: Integers
     ) -> dict[int, LogprobsLists]:
-        """The log-probabilities of each row, cut to as many columns as its sequence asked for."""
-        counts = self._num_logprobs[slots]
-        gathered = gather_logprobs(logits, self._tensor(token_ids), int(counts.max()))
-        ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
-        ids = ids.astype(np.int32)
-        return {
-            slot: LogprobsLists(
-                ids[row : row + 1, : count + 1],
-                logprobs[row : row + 1, : count + 1],
-                ranks[row : row + 1],
+        """The log-probabilities of each row, with as many alternatives as its sequence asked for.
+
+        Rows that ask for the same number are looked at together, for where logits are equal, those
+        that are told may depend on how many are asked for.
+        """
+        token_ids = np.maximum(token_ids, 0)  # a row without a token is told of by nobody
+        reports, counts = {}, self._num_logprobs[slots]
+        for count in np.unique(counts).tolist():
+            rows = np.flatnonzero(counts == count)
+            gathered = gather_logprobs(
+                logits[self._tensor(rows)], self._tensor(token_ids[rows]), count
             )
-            for row, (slot, count) in enumerate(zip(slots.tolist(), counts.tolist(), strict=True))
-        }
+            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+            ids = ids.astype(np.int32)
+            for index, slot in enumerate(slots[rows].tolist()):
+                at = slice(index, index + 1)
+                reports[slot] = LogprobsLists(ids[at], logprobs[at], ranks[at])
+        return reports
 
     # -- tensors ---------------------------------------------------------------------------------
 

@@ -127,12 +127,23 @@ def gather_logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Ten
     Returns token ids [S, k + 1], log-probabilities [S, k + 1] (column 0 is the given token) and the
     given tokens' ranks [S]: how many tokens are at least as likely, itself included.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, tokens[:, None])
-    best = logprobs.topk(k, dim=-1)
-    ranks = (logprobs >= chosen).sum(dim=-1)
+    chosen = logits.gather(1, tokens[:, None])
+    best = logits.topk(k, dim=-1)
+    if logits.device.type == "cpu":
+        normalizers, ranks = _rank_on_cpu(logits, tokens)
+    else:
+        normalizers, ranks = logits.logsumexp(dim=-1), (logits >= chosen).sum(dim=-1)
     return (
         torch.cat((tokens[:, None], best.indices), dim=-1),
-        torch.cat((chosen, best.values), dim=-1),
+        torch.cat((chosen, best.values), dim=-1) - normalizers[:, None],
         ranks,
     )
+
+
+def _rank_on_cpu(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    from kernels import cpu_sampling  # A GPU engine never pays for numba.
+
+    rows, scratch = logits.contiguous().numpy(), np.empty(logits.shape[1], np.float32)
+    normalizers, ranks = np.empty(len(rows), np.float32), np.empty(len(rows), np.int64)
+    cpu_sampling.rank(rows, tokens.numpy(), scratch, normalizers, ranks)
+    return torch.from_numpy(normalizers), torch.from_numpy(ranks)

@@ -24,6 +24,8 @@ class JobThread:
         self._intake = intake
         self._jobs: SimpleQueue[Job] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        # Those of the process; the step loop's thread may be kept to one of them later.
+        self._cores = os.sched_getaffinity(0)
 
     def start(self, job: Job) -> None:
         """Run a job behind those that were started before."""
@@ -36,6 +38,7 @@ class JobThread:
         # Steps go first: without this, loading half a gigabyte doubled their time.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        os.sched_setaffinity(0, self._cores)
         while True:
             job = self._jobs.get()
             self._intake.put(Received(job.client_index, job.done()))

@@ -36,7 +36,7 @@ def load_core(config: EngineConfig, *, rank: int, num_local_engines: int) -> tup
 
         # Engines of one launcher share its seed; drawn alike, they would answer alike.
         config = dataclasses.replace(config, seed=config.seed + rank)
-        runner, resolved = load_runner(config, num_local_engines)
+        runner, resolved = load_runner(config, num_local_engines, rank % num_local_engines)
         max_model_len, dtype = resolved.max_model_len, resolved.dtype
     limits = SchedulerConfig(
         max_model_len=max_model_len,

@@ -81,8 +81,10 @@ def run_engine(options: EngineOptions, launcher_watch: LauncherWatch | None = No
     output_thread.start()
     link.say_ready()
     logger.info("ready: %s", _describe(core, dtype))
+    loop = StepLoop(core, intake, output_thread.send, JobThread(intake).start)
+    core.bind_thread()
     try:
-        StepLoop(core, intake, output_thread.send, JobThread(intake).start).run()
+        loop.run()
     except Exception:
         logger.exception("fatal error; the clients are told, and the engine ends")
         output_thread.finish(Farewell.DEAD)

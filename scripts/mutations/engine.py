@@ -17,11 +17,11 @@ MUTATIONS = (
             SCHEDULER,
             "if self.num_preemptions == num_preemptions:",
             """
-            for request, samples in zip(requests, batch.samples, strict=True):
-                if samples and request.num_output_tokens + 1 >= request.max_output_tokens:
-                    self.pool.release(request.block_ids)
-                    request.num_published_blocks = len(request.block_ids)
-                    request.block_ids = []
+            for row in _rows_where(rows.num_computed + rows.num_new == rows.num_known):
+                if rows.num_known[row] + 1 >= rows.ends_at[row]:
+                    self.pool.release(rows.requests[row].block_ids)
+                    rows.publishes_at[row] = NEVER
+                    rows.requests[row].block_ids = []
             if self.num_preemptions == num_preemptions:
             """,
         ),
@@ -35,13 +35,13 @@ MUTATIONS = (
             "self._num_arrivals = 0",
             """
             self._num_arrivals = 0
-            self._ahead: ScheduledStep | None = None
+            self._ahead: StepBatch | None = None
             """,
         ),
         Edit(
             CORE,
-            "scheduled = self.scheduler.schedule(now)",
-            "scheduled = self._ahead or self.scheduler.schedule(now)",
+            "batch = self.scheduler.schedule(now)",
+            "batch = self._ahead or self.scheduler.schedule(now)",
         ),
         Edit(
             CORE,
@@ -56,7 +56,14 @@ MUTATIONS = (
     Mutation(
         "oldest_preempted",
         "A request that lacks a block takes one from a row that this step computes.",
-        Edit(SCHEDULER, "victim = self.running.pop()", "victim = self.running.pop(0)"),
+        Edit(
+            SCHEDULER,
+            "victim = self.running.pop()",
+            """
+            victim = self.running.requests[0]
+            self.running.remove(victim)
+            """,
+        ),
     ),
     Mutation(
         "one_message_a_boundary",
@@ -97,20 +104,20 @@ MUTATIONS = (
         "A preempted request takes its KV for computed when it comes back.",
         Edit(
             SCHEDULER,
-            "request.num_computed_tokens = len(cached) * self.config.block_size",
+            "request.num_prefilled_tokens = len(cached) * self.config.block_size",
             """
             if request.stage is Stage.WAITING:
-                request.num_computed_tokens = len(cached) * self.config.block_size
+                request.num_prefilled_tokens = len(cached) * self.config.block_size
             """,
         ),
         Edit(
             SCHEDULER,
             """
-            request.num_computed_tokens = 0
+            request.num_prefilled_tokens = 0
             request.is_of_one_epoch = True
             """,
             """
-            request.num_computed_tokens -= 1
+            request.num_prefilled_tokens = max(0, len(request.token_ids) - 2)
             request.is_of_one_epoch = True
             """,
         ),
@@ -178,7 +185,7 @@ MUTATIONS = (
         "A prompt's blocks are in the prefix cache before its last chunk is computed.",
         Edit(
             SCHEDULER,
-            "num_full = request.num_computed_tokens // self.config.block_size",
+            "num_full = num_computed // self.config.block_size",
             "num_full = len(request.token_ids) // self.config.block_size",
         ),
     ),

@@ -108,7 +108,8 @@ MUTATIONS = (
             """
             self._scheduler.hold_newcomers()
             if order.mode == "keep":
-                self._scheduler.running.clear()
+                while self._scheduler.running:
+                    self._scheduler.running.pop()
             """,
         ),
         origin="SGLang #21705",

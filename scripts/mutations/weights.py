@@ -21,6 +21,7 @@ MUTATIONS = (
         "published_after_crossing",
         "A request that crossed an update publishes KV of both weights.",
         Edit(SCHEDULER, "request.is_of_one_epoch = False", "pass"),
+        Edit(SCHEDULER, "self.running.publishes_at[:] = NEVER", "pass"),
     ),
     Mutation(
         "queued_with_old_hashes",

@@ -35,9 +35,11 @@ class EngineSteps:
         by_slot = {one.slot: one.request_id for one in ledger.core.scheduler.running}
         rows = [
             (ledger.live[by_slot[slot]], slot, num_computed)
-            for slot, num_computed in zip(batch.slots, batch.num_computed_tokens, strict=True)
+            for slot, num_computed in zip(
+                batch.slots.tolist(), batch.num_computed_tokens.tolist(), strict=True
+            )
         ]
-        sizes = batch.num_new_tokens
+        sizes = batch.num_new_tokens.tolist()
         if min(sizes) < 1 or sum(sizes) > ledger.core.config.max_num_batched_tokens:
             ledger.violate("step size", f"engine {ledger.rank} computes {sizes} tokens")
         ledger.pauses.on_step((row, num_computed) for row, _, num_computed in rows)

@@ -162,7 +162,7 @@ def test_a_pool_that_cannot_hold_one_full_request_is_refused_with_the_remedy() -
         max_model_len=100, max_num_seqs=1, max_num_batched_tokens=10, block_size=4
     )
     with pytest.raises(ValueError, match=r"holds 40 tokens.*max_model_len=100.*memory"):
-        Scheduler(config, num_blocks=10)
+        Scheduler(config, num_blocks=10, vocab_size=100)
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from engine_core.model.errors import ModelError
-from engine_core.model.linear import TILE_ROWS, FixedTileLinear
 from engine_core.model.loader import load_runner
 from engine_core.model.runner import TorchModelRunner
 from engine_core.validation import NUM_RESUMED_TOKENS
 from frontend.config import BUNDLED_MODEL_DIRECTORY
 from ipc.engine_config import EngineConfig
 from ipc.output import EventType
-from kernels import ops
+from kernels.cpu_linear import PackedWeight, choose_block_rows
+from kernels.cpu_team import Team
+from kernels.cpu_tiles import TILE_ROWS
 from tests.support.core_driver import CoreDriver
+from tests.support.linear_tasks import multiply, multiply_gated
 
 NUM_OUTPUTS = 40
 PROMPT_LENGTH = 45
@@ -224,52 +225,66 @@ def test_log_probabilities_of_the_prompt(place: tuple[str, int]) -> None:
 # -- what it rests on, in the shapes of a model with 0.6 billion parameters ----------------------
 
 
+FORMS = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "int8": (torch.bfloat16, True),
+}
+SHAPES = [(4096, 1024), (1024, 2048), (1024, 3072)]
+"""Of the projections of queries, keys and values, of attention's output, and down."""
+NUM_ROWS = 3 * TILE_ROWS[-1] + 5
+
+forms = pytest.mark.parametrize("form", FORMS)
+
+
 def rows_of(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    dtype: torch.dtype = request.param
-    return dtype
+@functools.cache
+def team(num_threads: int) -> Team:
+    return Team(num_threads)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("shape", [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)])
-def test_a_fixed_tile_gives_a_row_the_same_bits_in_any_place(
-    shape: tuple[int, int], num_threads: int, dtype: torch.dtype
+@functools.cache
+def packed(form: str, shape: tuple[int, int], num_groups: int = 1) -> PackedWeight:
+    dtype, to_int8 = FORMS[form]
+    weight = rows_of(dtype, *shape) / 32
+    return PackedWeight.pack([weight], num_groups=num_groups, to_int8=to_int8)
+
+
+@forms
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_gives_a_row_the_same_bits_in_any_place_and_tile(
+    shape: tuple[int, int], form: str
 ) -> None:
-    torch.set_num_threads(num_threads)
-    layer = FixedTileLinear(rows_of(dtype, *shape) / 32, rows_of(dtype, shape[0]))
-    x = rows_of(dtype, 3 * TILE_ROWS + 5, shape[1])
-    whole = layer(x)
-    assert (whole.float() - F.linear(x, layer.weight, layer.bias).float()).abs().max() < 0.1
-    for seed in range(3):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(layer(x[order]), whole[order])
-    for count in (1, 2, TILE_ROWS, TILE_ROWS + 1):
-        assert torch.equal(layer(x[7 : 7 + count]), whole[7 : 7 + count])
+    dtype, _ = FORMS[form]
+    weight, bias = packed(form, shape), rows_of(dtype, shape[0])
+    x = rows_of(dtype, NUM_ROWS, shape[1])
+    whole = multiply(team(2), weight, x, bias=bias)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for num_threads in (1, 2, 3):
+        assert torch.equal(multiply(team(num_threads), weight, x[order], bias=bias), whole[order])
+    for block_rows in TILE_ROWS:
+        for first, count in ((0, block_rows), (7, 2 * block_rows + 1), (NUM_ROWS - 1, 1)):
+            at = slice(first, first + count)
+            out = multiply(team(2), weight, x[at], bias=bias, block_rows=block_rows)
+            assert torch.equal(out, whole[at])
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_pointwise_kernels_give_a_row_the_same_bits_in_any_batch(
-    num_threads: int, dtype: torch.dtype
-) -> None:
-    torch.set_num_threads(num_threads)
-    x, residual = rows_of(dtype, 300, 1024), rows_of(dtype, 300, 1024).flip(0)
-    weight, gate_up = rows_of(dtype, 1024), rows_of(dtype, 300, 6144)
-    norm, (add_norm, total) = (
-        ops.rms_norm(x, weight, 1e-6),
-        ops.add_rms_norm(x, residual, weight, 1e-6),
-    )
-    activated = ops.silu_and_mul(gate_up)
-    for row in range(0, 300, 7):
-        at = slice(row, row + 1)
-        assert torch.equal(ops.rms_norm(x[at], weight, 1e-6), norm[at])
-        one, one_total = ops.add_rms_norm(x[at], residual[at], weight, 1e-6)
-        assert torch.equal(one, add_norm[at])
-        assert torch.equal(one_total, total[at])
-        assert torch.equal(ops.silu_and_mul(gate_up[at]), activated[at])
+@forms
+def test_a_gated_product_gives_a_row_the_same_bits_in_any_batch(form: str) -> None:
+    dtype, _ = FORMS[form]
+    weight, x = packed(form, (6144, 1024), 2), rows_of(dtype, NUM_ROWS, 1024)
+    whole = multiply_gated(team(2), weight, x, None)
+    batches = (slice(first, last) for first in (0, 7) for last in (8, 9, 12, 24, 30, 60))
+    seen = set()
+    for at in batches:
+        seen.add(choose_block_rows(len(x[at])))
+        for num_threads in (1, 2):
+            out = multiply_gated(team(num_threads), weight, x[at], None)
+            assert torch.equal(out, whole[at])
+    assert len(seen) >= 4, "batches of more sizes make more kinds of tiles"
 
 
 def test_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

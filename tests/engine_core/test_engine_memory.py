@@ -11,7 +11,6 @@ import os
 import random
 from pathlib import Path
 
-from engine_core.model.linear import padded_num_rows
 from frontend.config import BUNDLED_MODEL_DIRECTORY
 from ipc.engine_config import EngineConfig
 from tests.support.scripted_frontend import ScriptedFrontend
@@ -68,10 +67,3 @@ async def test_L11_thousands_of_hang_ups_leave_an_engine_as_large_as_hundreds() 
     assert (status.num_running, status.num_waiting) == (0, 0)
     assert status.num_free_blocks + status.num_cached_blocks == status.num_blocks
     assert sizes[-1] - sizes[ROUNDS_TO_WARM_UP - 1] < MAX_GROWTH_BYTES
-
-
-def test_steps_of_all_sizes_multiply_by_few_row_counts_and_pad_little() -> None:
-    padded = {num_rows: padded_num_rows(num_rows) for num_rows in range(1, 8193)}
-    assert all(n <= m <= n + n // 8 for n, m in padded.items())
-    assert len(set(padded.values())) == 96
-    assert all(padded[m] == m for m in padded.values())

@@ -229,5 +229,5 @@ def test_seeded_sampling_does_not_depend_on_batching(qwen3: Path) -> None:
 
 def test_a_step_with_no_rows_only_applies_its_changes(qwen3: Path) -> None:
     result = make_runner(qwen3).execute(StepBatch(left=[3]))
-    assert result.token_ids == []
+    assert len(result.token_ids) == 0
     assert result.logprobs == {}

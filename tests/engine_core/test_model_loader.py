@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from engine_core.model.errors import ModelError
 from engine_core.model.loader import ResolvedModel, load_runner
 from ipc.engine_config import EngineConfig
+from kernels import cpu_team
+from kernels.cpu_team import Team
 from tests.support.tiny_models import CONFIGS, VOCAB_SIZE, save_model
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 32 * 4
@@ -118,12 +121,24 @@ def test_cuda_without_a_device_is_refused(llama: Path) -> None:
 
 
 def test_engines_of_one_host_share_its_cores(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    asked: list[tuple[int, list[int]]] = []
+
+    def make_team(num_threads: int, cores: Sequence[int]) -> Team:
+        asked.append((num_threads, list(cores)))
+        return Team(1)
+
+    monkeypatch.setattr(cpu_team, "Team", make_team)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    for num_threads, num_local_engines in ((None, 1), (None, 3), (None, 100), (5, 3)):
+    for num_threads, *place in (
+        (None, 1, 0),
+        (None, 3, 0),
+        (None, 3, 2),
+        (None, 100, 7),
+        (5, 3, 1),
+    ):
         config = EngineConfig(
             model=str(llama), device="cpu", num_threads=num_threads, max_num_seqs=1
         )
-        load_runner(config, num_local_engines)
-    assert asked == [8, 2, 1, 5]
+        load_runner(config, *place)
+    # A lone thread may go anywhere, and so may threads that are more than their cores.
+    assert asked == [(8, [*range(8)]), (2, [0, 1]), (3, [5, 6, 7]), (1, []), (5, [])]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine_core.model import runner as runner_module
-from engine_core.model.decoder import Decoder
+from engine_core.model.cpu_decoder import CpuDecoder
 from engine_core.model.loader import load_runner
 from ipc.engine_config import EngineConfig
 from ipc.output import LogprobsLists
@@ -92,13 +92,13 @@ def test_logits_of_a_long_prompt_are_made_a_few_rows_at_a_time_and_only_if_wante
 ) -> None:
     driver = make_driver(qwen3, budget=128)
     num_rows: list[int] = []
-    compute = Decoder.logits
+    compute = CpuDecoder.logits
 
-    def count(model: Decoder, states: torch.Tensor) -> torch.Tensor:
+    def count(model: CpuDecoder, states: torch.Tensor) -> torch.Tensor:
         num_rows.append(len(states))
         return compute(model, states)
 
-    monkeypatch.setattr(Decoder, "logits", count)
+    monkeypatch.setattr(CpuDecoder, "logits", count)
     monkeypatch.setattr(runner_module, "_MAX_PROMPT_LOGITS", 7 * VOCAB_SIZE + 1)
     prompt = make_prompt(60)
     driver.add("silent", prompt, max_tokens=2)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine_core.model.checksum import weights_checksum
+from engine_core.model.cpu_linear import PackedLinear
 from engine_core.model.errors import ModelError
 from engine_core.model.loader import load_runner
 from engine_core.model.runner import TorchModelRunner
@@ -171,7 +172,9 @@ def test_a_new_bias_leaves_the_weight_where_it_is(tmp_path: Path) -> None:
     staged = runner.stage(file_source(tmp_path / "b", {name: weights_of(models.new)[name]}), None)
     old = runner._model.parts.linears[f"{LAYER}mlp.down_proj"]
     new = staged.parts.linears[f"{LAYER}mlp.down_proj"]
-    assert new._weight is old._weight
+    assert isinstance(old, PackedLinear)
+    assert isinstance(new, PackedLinear)
+    assert new.packed is old.packed
     assert new.bias is not old.bias
 
 

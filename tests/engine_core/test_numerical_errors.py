@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ class FailingRunner(FakeRunner):
             NO_TOKEN if slot in self.broken else token_id
             for slot, token_id in zip(sampling, result.token_ids, strict=True)
         ]
-        return StepResult(token_ids, result.logprobs, result.prompt_logprobs)
+        return StepResult(np.array(token_ids), result.logprobs, result.prompt_logprobs)
 
 
 def test_L1_L2_L5_a_request_without_logits_ends_with_an_error_and_frees_what_it_held() -> None:

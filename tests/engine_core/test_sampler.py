@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine_core.batch import NO_TOKEN, JoinedSequence
+from engine_core.model import sampler as sampler_module
+from engine_core.model.choosers import CompiledChooser, RowParameters, TensorChooser
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import uniform_draws
 from ipc.output import LogprobsLists
@@ -21,6 +23,15 @@ from ipc.request import SamplingParams
 from tests.support.slow_sampler import chi_square_limit, edited_logits, pick, probabilities
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, params=["compiled", "tensors"])
+def chooser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the compiled code of a CPU and with the tensor operations of a GPU."""
+    if request.param == "tensors":
+        monkeypatch.setattr(sampler_module, "make_chooser", lambda _, device: TensorChooser(device))
+
+
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -359,17 +370,75 @@ def test_L2_a_row_that_is_not_finite_gets_no_token_and_its_neighbours_get_theirs
             assert np.array_equal(of_rows[slot].logprobs, of_row.logprobs)
 
 
-def test_nobody_pays_for_features_that_no_row_uses() -> None:
+def test_nobody_pays_for_features_that_no_row_uses(request: pytest.FixtureRequest) -> None:
     sampler = Sampler(8, 100, CPU, seed=0)
     for slot in range(4):
         join(sampler, slot, GREEDY)
         join(sampler, slot + 4, SamplingParams(temperature=0.8, min_p=0.1))
     logits = make_logits(8, 100)
+    is_compiled = "compiled" in request.node.name
     with RecordedOps() as greedy:
         sample(sampler, logits[:4], range(4), [1] * 4)
-    of_largest = {"unsqueeze", "gather", "select"}
-    assert greedy.names <= {"slice", "clone", "argmax", "detach"} | of_largest
+    of_largest = {"argmax", "unsqueeze", "gather", "select"}
+    assert greedy.names <= {"slice", "clone", "detach"} | (set() if is_compiled else of_largest)
     with RecordedOps() as drawn:
         sample(sampler, logits, range(8), [1] * 8)
-    assert "cumsum" in drawn.names
+    assert ("cumsum" in drawn.names) != is_compiled
     assert not drawn.names & {"sort", "topk", "log_softmax", "_log_softmax"}
+
+
+def test_what_rows_use_is_looked_up_again_when_other_rows_come_or_a_slot_changes_hands() -> None:
+    sampler = Sampler(3, 5, CPU, seed=0)
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0]]).repeat(2, 1)
+    join(sampler, 0, GREEDY)
+    join(sampler, 1, SamplingParams(temperature=0.0, logit_bias={0: -9.0}))
+    join(sampler, 2, SamplingParams(temperature=0.0, logit_bias={4: 9.0}, logprobs=0))
+    assert sample(sampler, logits, [0, 1], [1, 1]) == ([0, 1], {})
+    assert sample(sampler, logits, [1, 0], [1, 1]) == ([1, 0], {})
+    tokens, logprobs = sample(sampler, logits, [1, 2], [1, 1])
+    assert (tokens, list(logprobs)) == ([1, 4], [2])
+    join(sampler, 2, GREEDY)
+    assert sample(sampler, logits, [1, 2], [1, 1]) == ([1, 0], {})
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 5000, 150_000])
+def test_compiled_code_and_tensor_operations_choose_alike(vocab_size: int) -> None:
+    num_rows, choose = 50, np.random.default_rng(vocab_size)
+    parameters = RowParameters(
+        temperature=choose.choice([0, 0.5, 1, 3], num_rows).astype(np.float32),
+        min_p=choose.choice([0, 0, 0.01, 0.5], num_rows).astype(np.float32),
+        top_k=np.minimum(choose.choice([1, 20, 400, 3000, 10**6], num_rows), vocab_size),
+        top_p=choose.choice([1, 1, 0.5, 0.95], num_rows).astype(np.float32),
+        seeds=choose.integers(2**63, size=num_rows).astype(np.uint64),
+    )
+    num_different, num_rounds = 0, 4
+    for position in range(num_rounds):
+        logits, positions = make_logits(num_rows, vocab_size, position), np.full(num_rows, position)
+        compiled = CompiledChooser(vocab_size).choose(logits.clone(), parameters, positions)
+        tensors = TensorChooser(CPU).choose(logits.clone(), parameters, positions)
+        num_different += int((compiled != tensors).sum())
+        assert compiled.min() >= 0
+        assert (compiled == tensors)[parameters.temperature == 0].all()
+    # A draw within rounding of the edge between two tokens may fall on either side.
+    assert num_different <= 0.02 * num_rounds * num_rows
+
+
+@pytest.mark.parametrize("vocab_size", [40, 5000])
+def test_a_row_is_the_same_bits_whatever_stands_beside_it(
+    vocab_size: int, request: pytest.FixtureRequest
+) -> None:
+    """Of tokens and of log-probabilities; tensor operations promise it of tokens alone."""
+    choose, num_rows = random.Random(3), 30
+    everyone = [replace(random_params(choose, vocab_size), logprobs=3) for _ in range(num_rows)]
+    logits = make_logits(num_rows, vocab_size)
+    together, alone = Sampler(num_rows, vocab_size, CPU, 0), Sampler(1, vocab_size, CPU, 0)
+    for slot, params in enumerate(everyone):
+        join(together, slot, replace(params, logprobs=choose.choice([2, 7])))
+    tokens, reports = sample(together, logits, range(num_rows), [5] * num_rows)
+    for slot in range(num_rows):
+        num_logprobs = reports[slot].token_ids.shape[1] - 1
+        join(alone, 0, replace(everyone[slot], logprobs=num_logprobs))
+        (token,), report = sample(alone, logits[slot : slot + 1], [0], [5])
+        assert token == tokens[slot]
+        if "compiled" in request.node.name:
+            assert report[0] == reports[slot]

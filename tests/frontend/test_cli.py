@@ -87,6 +87,7 @@ async def rest_of(process: asyncio.subprocess.Process) -> str:
         ("serve --port 70000", "port=70000"),
         ("serve --dtype float8", "dtype='float8'"),
         ("serve --device tpu", "device='tpu'"),
+        ("serve --quantization int4", "quantization='int4' is not supported; choose one of int8"),
         ("serve --max-num-seqs 0", "max_num_seqs=0"),
         ("serve --data-parallel-size 0", "data_parallel_size=0"),
         (

@@ -21,6 +21,7 @@ from ipc.output import (
     OutputError,
     PrefillStats,
     SchedulerStats,
+    StepOutputs,
     decode_outputs,
     encode_outputs,
     is_dead,
@@ -45,6 +46,16 @@ def compact_row(output: EngineCoreOutput) -> object:
 
 def test_a_streaming_output_is_its_id_and_its_tokens() -> None:
     assert compact(outputs=[EngineCoreOutput("r", [42])]) == [0, [["r", [42]]], None, 1.5]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_columns_of_a_step_are_written_as_their_rows_would_be(full: bool) -> None:
+    others = [EngineCoreOutput("end", [7], finish_reason=FinishReason.LENGTH)]
+    step = StepOutputs(["a", "b"], [5, 2**31], others)
+    rows = [*others, EngineCoreOutput("a", (5,)), EngineCoreOutput("b", (2**31,))]
+    assert (list(step), len(step), step[0], step[1:]) == (rows, 3, rows[0], rows[1:])
+    of_step, of_rows = (EngineCoreOutputs(outputs=each, timestamp=1.5) for each in (step, rows))
+    assert encode_outputs(of_step, full=full) == encode_outputs(of_rows, full=full)
 
 
 def test_a_finish_is_written_up_to_its_reason() -> None:

@@ -69,20 +69,19 @@ class ScriptedBatching:
 
     def step(self, max_chunk: int | None = None) -> None:
         """Compute every running sequence's missing tokens, at most `max_chunk` of each."""
-        batch = StepBatch(left=self._left)
+        batch, rows = StepBatch(left=self._left), []
         for sequence in self.running:
             num_new = len(sequence.token_ids) - sequence.num_computed_tokens
             num_new = min(num_new, max_chunk or num_new)
             end = sequence.num_computed_tokens + num_new
             self._grow(sequence, end, batch)
-            batch.slots.append(sequence.slot)
-            batch.num_new_tokens.append(num_new)
-            batch.num_computed_tokens.append(sequence.num_computed_tokens)
-            batch.samples.append(end == len(sequence.token_ids))
+            is_whole = end == len(sequence.token_ids)
+            rows.append((sequence.slot, num_new, sequence.num_computed_tokens, is_whole))
             sequence.num_computed_tokens = end
+        batch = batch.with_rows(rows)
         result = self.runner.execute(batch)
         self._left, self._joined = [], []
-        sampled = iter(result.token_ids)
+        sampled = iter(result.token_ids.tolist())
         for sequence, samples in zip(self.running, batch.samples, strict=True):
             if samples:
                 sequence.token_ids.append(next(sampled))

@@ -1,0 +1,62 @@
+"""`multiply_tile` for any number of panels, split into the tiles that there are.
+
+Both products of attention go through here: the packed queries times keys, with as many panels as a
+page has keys for, and rows of weights times values, with as many as the head size takes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+
+from kernels.cpu_tiles import COLUMNS, multiply_tile, tile_panels
+
+PANEL_BYTES = COLUMNS * 4
+"""Of a panel of float32 results, and of one step of a panel that is multiplied."""
+
+
+def panel_multiplier(row_bytes: int) -> Any:
+    """The function for rows that are `row_bytes` apart, or packed (0).
+
+    It is inlined where it is called, because the compiler would translate its many tiles once more
+    for each function on the way up.
+    """
+
+    def multiply(
+        element: Any,
+        rows: int,
+        panels: int,
+        x: int,
+        w: int,
+        w_step: int,
+        w_panel: int,
+        steps: int,
+        ahead: int,
+        out: int,
+        out_row: int,
+    ) -> None:
+        """out += x . w; see `kernels.cpu_tiles`. Results' panels lie side by side."""
+        while panels > 0:
+            done = tile_panels(rows, panels)
+            multiply_tile(
+                row_bytes,
+                element,
+                element,
+                rows,
+                done,
+                x,
+                w,
+                w_step,
+                w_panel,
+                steps,
+                ahead,
+                out,
+                out_row,
+                PANEL_BYTES,
+            )
+            w += done * w_panel
+            out += done * PANEL_BYTES
+            panels -= done
+
+    return numba.njit(inline="always")(multiply)
