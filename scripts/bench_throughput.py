@@ -13,6 +13,7 @@ the others are loaded and stopped. Figures of one run:
 - prefill tokens/s: all prompts' tokens, over the time until every request has its first token.
 - output tokens/s: all output tokens, over the time to the last.
 - first token, ms: median over the requests.
+- resident MiB, of all the engine's processes, at the end.
 - cores busy, by the engine's own processes and elsewhere. A run during which others kept more than
   0.15 cores busy is repeated, for up to --retry-s, and the least disturbed attempt counts.
 - first tokens alike: the share of requests whose first token is the one of the first engine. It
@@ -47,7 +48,7 @@ DEFAULT_LOADS = ("1:64:128", "4:64:128", "16:64:128", "64:64:128", "1:1024:1", "
 WARM_UP_TOKENS = 8
 DISTURBED_CORES = 0.15
 ELSEWHERE = "cores busy elsewhere"
-IS_BETTER_LOWER = {"first token, ms"}
+IS_BETTER_LOWER = {"first token, ms", "resident MiB"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,12 @@ def run_once(
     arrivals_s, tokens = engine.run(prompts, num_output_tokens)
     cpu_s, all_cpu_s = engine.cpu_time_s() - cpu_s, busy_s() - all_cpu_s
     wall_s = max(arrivals[-1] for arrivals in arrivals_s)
-    cores = {"cores busy": cpu_s / wall_s, ELSEWHERE: (all_cpu_s - cpu_s) / wall_s}
-    return figures_of(len(prompts[0]), arrivals_s) | cores, tokens
+    cost = {
+        "resident MiB": engine.resident_mib(),
+        "cores busy": cpu_s / wall_s,
+        ELSEWHERE: (all_cpu_s - cpu_s) / wall_s,
+    }
+    return figures_of(len(prompts[0]), arrivals_s) | cost, tokens
 
 
 def _share_alike(tokens: list[list[int]], others: list[list[int]]) -> float:

@@ -8,6 +8,7 @@ Choices made here
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -15,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def _read_ahead(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[
             yield name, pending.popleft().result()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _telling_of_slow_compilation() -> Iterator[None]:
     """The first start on a machine compiles the kernels, and should not look as if it hung."""
     done, start_s = threading.Event(), time.monotonic()
@@ -191,7 +191,15 @@ def _refuse_cpu_features(config: EngineConfig) -> None:
 
 def _share_of_cores(num_local_engines: int, local_rank: int) -> list[int]:
     """This engine's share of the cores that the process may use; none if they do not go round."""
-    cores = sorted(os.sched_getaffinity(0))
+    by_siblings: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        # Of the hardware threads of a core, which share what computes, only the first.
+        with contextlib.suppress(OSError):
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+            by_siblings.setdefault(siblings.read_text(), cpu)
+            continue
+        by_siblings[str(cpu)] = cpu
+    cores = sorted(by_siblings.values())
     begin, end = (len(cores) * rank // num_local_engines for rank in (local_rank, local_rank + 1))
     return cores[begin:end]
 

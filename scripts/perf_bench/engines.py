@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from scripts.http_bench.processes import cpu_time_s, process_tree
+from scripts.http_bench.processes import cpu_time_s, process_tree, resident_bytes
 from scripts.perf_bench.driver import ENGINES
 
 _ROOT = Path(__file__).parents[2]
@@ -130,6 +130,10 @@ class RunningEngine:
     def cpu_time_s(self) -> float:
         """Of all its processes so far."""
         return cpu_time_s(process_tree(self.pid))
+
+    def resident_mib(self) -> float:
+        """Of all its processes; pages that they share count in each."""
+        return resident_bytes(process_tree(self.pid)) / 2**20
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
         """The next answer."""
