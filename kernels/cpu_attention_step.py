@@ -138,6 +138,7 @@ def score(
         run_keys = min(together * item.block_size, num_keys - start)
         _multiply_queries(
             element,
+            element,
             tile_rows,
             (run_keys + COLUMNS - 1) // COLUMNS,
             item.packed + first * item.num_steps * STEP_BYTES,
@@ -202,6 +203,7 @@ def accumulate(
             _copy_first(values, item.line, item.head_size)
             values, steps, ahead = item.line, 1, 0
         _multiply_weights(
+            element,
             element,
             _ROWS_FOR[rows],
             item.width // COLUMNS,

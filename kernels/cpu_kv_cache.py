@@ -27,9 +27,6 @@ from kernels.cpu_packing import numbers_per_step, scatter_steps
 from kernels.cpu_runtime import jit, narrow, pointer
 from kernels.cpu_tiles import STEP_BYTES
 
-SLACK_BYTES = 64
-"""What a cache's allocation has after its last number, because tiles read whole lines."""
-
 
 def check_block_size(block_size: int, dtype: torch.dtype) -> None:
     """Raises ValueError for a block size that has no arrangement in this dtype."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels.cpu_memory import zeros
 from kernels.cpu_packing import numbers_per_step, store_packed
+from kernels.cpu_panels import panel_multiplier
 from kernels.cpu_runtime import LOG2_E, exp2, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
 from kernels.cpu_tiles import (
@@ -33,7 +34,6 @@ from kernels.cpu_tiles import (
     HAS_WIDE_VECTORS,
     STEP_BYTES,
     TILE_ROWS,
-    multiply_tile,
     tile_panels,
 )
 
@@ -180,6 +180,8 @@ def _pack_int8(
 
 # -- multiplying -------------------------------------------------------------------------------
 
+_multiply_panels = panel_multiplier(0)
+
 
 @jit
 def _multiply_block(
@@ -199,30 +201,22 @@ def _multiply_block(
         sums_of_row = sums[row]
         for column in range(num_panels * COLUMNS):
             sums_of_row[column] = 0
-    steps = matrix.num_steps
     w_step = COLUMNS * numbers_per_step(x_element) * itemsize(w_element)
-    w_panel = steps * w_step
-    w = matrix.numbers + panel * w_panel
-    done = 0
-    while done < num_panels:
-        together = tile_panels(block_rows, num_panels - done)
-        multiply_tile(
-            0,
-            x_element,
-            w_element,
-            block_rows,
-            together,
-            x,
-            w + done * w_panel,
-            w_step,
-            w_panel,
-            steps,
-            ahead,
-            scratch + done * COLUMNS * 4,
-            SCRATCH_COLUMNS * 4,
-            COLUMNS * 4,
-        )
-        done += together
+    w_panel = matrix.num_steps * w_step
+    _multiply_panels(
+        x_element,
+        w_element,
+        block_rows,
+        num_panels,
+        x,
+        matrix.numbers + panel * w_panel,
+        w_step,
+        w_panel,
+        matrix.num_steps,
+        ahead,
+        scratch,
+        SCRATCH_COLUMNS * 4,
+    )
     end = min(num_panels * COLUMNS, matrix.num_outputs - panel * COLUMNS)
     if matrix.scales != 0:
         place = matrix.scales + panel * COLUMNS * 4

@@ -1,7 +1,8 @@
 """`multiply_tile` for any number of panels, split into the tiles that there are.
 
-Both products of attention go through here: the packed queries times keys, with as many panels as a
-page has keys for, and rows of weights times values, with as many as the head size takes.
+Linear layers go through here, and both products of attention: the packed queries times keys, with
+as many panels as a page has keys for, and rows of weights times values, with as many as the head
+size takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def panel_multiplier(row_bytes: int) -> Any:
     """
 
     def multiply(
-        element: Any,
+        x_element: Any,
+        w_element: Any,
         rows: int,
         panels: int,
         x: int,
@@ -41,8 +43,8 @@ def panel_multiplier(row_bytes: int) -> Any:
             done = tile_panels(rows, panels)
             multiply_tile(
                 row_bytes,
-                element,
-                element,
+                x_element,
+                w_element,
                 rows,
                 done,
                 x,

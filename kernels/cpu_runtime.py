@@ -6,7 +6,7 @@ addresses and strides, as a C function would: turning six tensors into numpy arr
 
 numba has no bfloat16, so a bfloat16 is a uint16 here: the upper half of a float32. `widen` and
 `narrow` convert one element; they, and whole kernels, specialise on the element's type, which a
-call passes as a zero of that type (`element_of`).
+call passes as a zero of that type (`zero_of`).
 
 numba's cache notices changes of a function's own file, but not of what it calls; so each version of
 these files as a whole has a cache of its own.
@@ -34,7 +34,6 @@ from numba.core import cgutils
 from numba.core.types import uint16
 from numba.core.types.misc import CPointer
 from numba.extending import intrinsic, overload
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -113,11 +112,6 @@ def zero_of(dtype: torch.dtype) -> Any:
         raise TypeError(
             f"no CPU kernels for {dtype}: load the model as float32 or bfloat16"
         ) from None
-
-
-def element_of(tensor: Tensor) -> Any:
-    """The zero that stands for a tensor's element type. Raises TypeError for an unsupported one."""
-    return zero_of(tensor.dtype)
 
 
 def _pointer(typing_context: Any, address: Any, element: Any) -> Any:

@@ -31,15 +31,24 @@ from kernels.cpu_team import Team
 class CpuDecoder:
     """A loaded model; the same as `engine_core.model.decoder.Decoder` on a CPU."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, cos_sin: Tensor, team: Team) -> None:
-        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        parts: Parts,
+        cos_sin: Tensor,
+        team: Team,
+        rooms: _Rooms | None = None,
+    ) -> None:
+        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`;
+        `rooms`: those of a decoder that this one replaces.
+        """
         self.config = config
         self.parts = parts
         self._cos_sin = cos_sin
         self._team = team
         embedding = parts.tensors[EMBEDDING]
         lm_head = _packed(parts.linears["lm_head"])
-        self._rooms = _Rooms(config, embedding.dtype, team.num_threads)
+        self._rooms = rooms or _Rooms(config, embedding.dtype, team.num_threads)
         types = embedding.dtype, lm_head.packed.numbers.dtype
         self._forward, self._logits = forward_task(*types), logits_task(*types)
         self._layers = np.array([_layer(parts, index) for index in range(config.num_layers)], LAYER)
@@ -51,9 +60,8 @@ class CpuDecoder:
 
     def with_parts(self, parts: Parts) -> Self:
         """The same model with some other parts; takes some microseconds a layer."""
-        other = type(self)(self.config, self.parts.with_parts(parts), self._cos_sin, self._team)
-        other._rooms = self._rooms
-        return other
+        parts = self.parts.with_parts(parts)
+        return type(self)(self.config, parts, self._cos_sin, self._team, self._rooms)
 
     def bind_thread(self) -> None:
         """Keep the calling thread to the core that is meant for it."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_attention import attend, cut_tiles, max_tiles, scratch_bytes, tile_tokens
-from kernels.cpu_kv_cache import SLACK_BYTES, arrange_keys, arrange_values
-from kernels.cpu_runtime import element_of, jit
+from kernels.cpu_kv_cache import arrange_keys, arrange_values
+from kernels.cpu_runtime import CACHE_LINE_BYTES, jit, zero_of
 from tests.kernels.paged_cases import PagedBatch
 
 STEP_BYTES = 4
@@ -45,7 +45,7 @@ def attend_all(batch: PagedBatch, block_rows: int = 1) -> Tensor:
     size = scratch_bytes(group, head_size)
     scratch = torch.full((size + 4096,), GUARD, dtype=torch.uint8)
     _attend_all(
-        element_of(keys),
+        zero_of(keys.dtype),
         tiles[:count],
         num_kv_heads,
         group,
@@ -69,7 +69,7 @@ def attend_all(batch: PagedBatch, block_rows: int = 1) -> Tensor:
 
 
 def _with_slack(cache: Tensor) -> Tensor:
-    slack = SLACK_BYTES // cache.dtype.itemsize
+    slack = CACHE_LINE_BYTES // cache.dtype.itemsize
     memory = torch.full((cache.numel() + slack,), torch.nan, dtype=cache.dtype)
     memory[: cache.numel()] = cache.flatten()
     return memory[: cache.numel()].view(cache.shape)

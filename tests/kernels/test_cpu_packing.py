@@ -15,7 +15,7 @@ from kernels.cpu_kv_cache import (
     store_value,
 )
 from kernels.cpu_packing import store_packed
-from kernels.cpu_runtime import element_of
+from kernels.cpu_runtime import zero_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 STEP_BYTES = 4
@@ -32,7 +32,7 @@ def test_a_packed_block_lists_its_rows_step_by_step(block_rows: int, dtype: torc
         for first in range(0, num_columns, 8):
             part = rows[row, first : first + 8].numpy()
             place = packed.data_ptr()
-            store_packed(element_of(packed), place, block_rows, num_columns, row, first, part)
+            store_packed(zero_of(packed.dtype), place, block_rows, num_columns, row, first, part)
     unpacked = packed.transpose(1, 2).reshape(-1, num_columns)
     assert torch.equal(unpacked[:num_rows], rows.to(dtype))
     assert unpacked[num_rows:].isnan().all()
@@ -55,7 +55,7 @@ def test_tokens_stored_one_by_one_are_where_the_arrangement_puts_them(
             ):
                 numbers = plain[block, head, offset].numpy()
                 place = cache.data_ptr()
-                store(element_of(cache), place, num_heads, block_size, slot, head, numbers)
+                store(zero_of(cache.dtype), place, num_heads, block_size, slot, head, numbers)
     assert torch.equal(caches[0], arrange_keys(keys.to(dtype)))
     assert torch.equal(caches[1], arrange_values(values.to(dtype)))
 
