@@ -147,6 +147,7 @@ def score(
             panel_distance,
             item.num_steps,
             values - keys if prefetches else 0,
+            item.block_size * STEP_BYTES,
             item.scores + start * 4,
             _ROW_BYTES,
         )
@@ -213,6 +214,7 @@ def accumulate(
             PANEL_BYTES,
             steps,
             ahead,
+            step_bytes,
             item.sums + first * item.width * 4,
             item.width * 4,
         )

@@ -8,9 +8,11 @@ int8 is weight-only: an output's weights are integers from -127 to 127 times one
 activations stay bfloat16. Half the bytes are read, which is what bounds small batches.
 
 The rows that are multiplied are packed too, in *blocks* of as many rows as a tile takes (see
-`kernels.cpu_packing`), so up to 24 rows read each weight from memory exactly once.
+`kernels.cpu_packing`). An *item* of work is a few panels, which a thread multiplies with one block
+after the other while they are in its second-level cache; so each weight is read from memory exactly
+once, and meanwhile.
 
-What bounds it: up to some 20 rows, reading the weights; beyond, arithmetic.
+What bounds it: for few rows reading the weights, for many arithmetic, never one after the other.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from kernels.cpu_runtime import LOG2_E, exp2, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
 from kernels.cpu_tiles import (
     COLUMNS,
-    HAS_WIDE_VECTORS,
     STEP_BYTES,
     TILE_ROWS,
     tile_panels,
@@ -53,6 +54,9 @@ _LEVELS = 127
 """Greatest int8 weight."""
 _ITEM_BYTES = 384 * 1024
 """Weights of an item at most: they stay in the second-level cache for all blocks of rows."""
+_MOST_SHARES = 8
+"""Blocks of rows that bring the next item's weights into the cache, at most: a power of two, so
+that each share is whole bytes."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
 _MOST_PANELS = 8
 SCRATCH_COLUMNS = _MOST_PANELS * COLUMNS
@@ -130,8 +134,7 @@ class PackedWeight:
 def choose_block_rows(num_rows: int) -> int:
     """Rows of a block, for a number of rows: a shape of tile that leaves few of them empty."""
     enough = (rows for rows in TILE_ROWS if num_rows <= rows)
-    best = (12, 8) if HAS_WIDE_VECTORS else (6, 4)
-    return next(enough, min(best, key=lambda rows: -(-num_rows // rows) * rows))
+    return next(enough, min(TILE_ROWS[:-3:-1], key=lambda rows: -(-num_rows // rows) * rows))
 
 
 @jit
@@ -184,6 +187,12 @@ _multiply_panels = panel_multiplier(0)
 
 
 @jit
+def _step_bytes(x_element: Any, w_element: Any) -> int:
+    """From one step of a packed panel to the next."""
+    return int(COLUMNS * numbers_per_step(x_element) * itemsize(w_element))
+
+
+@jit
 def _multiply_block(
     x_element: Any,
     w_element: Any,
@@ -193,6 +202,7 @@ def _multiply_block(
     panel: int,
     num_panels: int,
     ahead: int,
+    ahead_step: int,
     scratch: int,
 ) -> None:
     """scratch[r, c] = scale[c] * (x . w) + bias[c], for a packed block of rows and some panels."""
@@ -201,7 +211,7 @@ def _multiply_block(
         sums_of_row = sums[row]
         for column in range(num_panels * COLUMNS):
             sums_of_row[column] = 0
-    w_step = COLUMNS * numbers_per_step(x_element) * itemsize(w_element)
+    w_step = _step_bytes(x_element, w_element)
     w_panel = matrix.num_steps * w_step
     _multiply_panels(
         x_element,
@@ -214,6 +224,7 @@ def _multiply_block(
         w_panel,
         matrix.num_steps,
         ahead,
+        ahead_step,
         scratch,
         SCRATCH_COLUMNS * 4,
     )
@@ -245,13 +256,22 @@ def _item_panels(team: int, matrix: Any, block_rows: int) -> int:
 
 
 @jit
-def _ahead_bytes(w_element: Any, block_rows: int, num_rows: int) -> int:
-    """How far ahead of a tile its weights are brought into the cache, if they are read once. As
-    measured: the more there is to compute for a line, the longer memory has been left waiting.
+def _look_ahead(
+    w_step: int, team: int, matrix: Any, panel: int, together: int, block: int, num_blocks: int
+) -> tuple[int, int]:
+    """`ahead` and `ahead_step` of a tile, for the member's next item to be there when this one is
+    done. All members being equally fast, that is the one after those that the others have claimed.
+
+    The blocks of rows share this, so that memory is read as steadily as is computed.
     """
-    if num_rows > block_rows:
-        return 0
-    return 8192 if block_rows > 8 and itemsize(w_element) > 1 else 4096
+    next_panel = panel + num_members(team) * together
+    shares = 1
+    while 2 * shares <= min(num_blocks, _MOST_SHARES):
+        shares *= 2
+    if next_panel * COLUMNS >= matrix.num_outputs or block >= shares:
+        return 0, 0
+    w_panel = matrix.num_steps * w_step
+    return (next_panel - panel) * w_panel + block * w_panel // shares, w_step // shares
 
 
 @jit
@@ -273,7 +293,8 @@ def project(
     num_panels = (matrix.num_outputs + COLUMNS - 1) // COLUMNS
     together = _item_panels(team, matrix, block_rows)
     block_bytes = matrix.num_steps * block_rows * STEP_BYTES
-    ahead = _ahead_bytes(w_element, block_rows, num_rows)
+    num_blocks = (num_rows + block_rows - 1) // block_rows
+    w_step = _step_bytes(x_element, w_element)
     sums = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     while True:
         panel = claim(team) * together
@@ -282,10 +303,22 @@ def project(
         count = min(together, num_panels - panel)
         first = panel * COLUMNS
         columns = min(count * COLUMNS, matrix.num_outputs - first)
-        for row in range(0, num_rows, block_rows):
-            place = x + row // block_rows * block_bytes
+        for block in range(num_blocks):
+            row, place = block * block_rows, x + block * block_bytes
+            ahead, ahead_step = _look_ahead(
+                w_step, team, matrix, panel, together, block, num_blocks
+            )
             _multiply_block(
-                x_element, w_element, matrix, place, block_rows, panel, count, ahead, scratch
+                x_element,
+                w_element,
+                matrix,
+                place,
+                block_rows,
+                panel,
+                count,
+                ahead,
+                ahead_step,
+                scratch,
             )
             for r in range(min(block_rows, num_rows - row)):
                 _put(sums[r], rows[row + r, first : first + columns], adds)
@@ -308,7 +341,8 @@ def project_gated(
     num_panels = (gate.num_outputs + COLUMNS - 1) // COLUMNS
     together = _item_panels(team, gate, block_rows)
     block_bytes = gate.num_steps * block_rows * STEP_BYTES
-    ahead = _ahead_bytes(w_element, block_rows, num_rows)
+    num_blocks = (num_rows + block_rows - 1) // block_rows
+    w_step = _step_bytes(x_element, w_element)
     side = scratch + MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
     gates = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     ups = numba.carray(pointer(side, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
@@ -319,12 +353,22 @@ def project_gated(
         count = min(together, num_panels - panel)
         first = panel * COLUMNS
         columns = min(count * COLUMNS, gate.num_outputs - first)
-        for row in range(0, num_rows, block_rows):
-            place = x + row // block_rows * block_bytes
-            _multiply_block(
-                x_element, w_element, gate, place, block_rows, panel, count, ahead, scratch
-            )
-            _multiply_block(x_element, w_element, up, place, block_rows, panel, count, ahead, side)
+        for block in range(num_blocks):
+            row, place = block * block_rows, x + block * block_bytes
+            ahead, ahead_step = _look_ahead(w_step, team, gate, panel, together, block, num_blocks)
+            for matrix, sums in ((gate, scratch), (up, side)):
+                _multiply_block(
+                    x_element,
+                    w_element,
+                    matrix,
+                    place,
+                    block_rows,
+                    panel,
+                    count,
+                    ahead,
+                    ahead_step,
+                    sums,
+                )
             for r in range(min(block_rows, num_rows - row)):
                 activated = gates[r, :columns]
                 _activate(activated, ups[r])

@@ -35,6 +35,7 @@ def panel_multiplier(row_bytes: int) -> Any:
         w_panel: int,
         steps: int,
         ahead: int,
+        ahead_step: int,
         out: int,
         out_row: int,
     ) -> None:
@@ -53,6 +54,7 @@ def panel_multiplier(row_bytes: int) -> Any:
                 w_panel,
                 steps,
                 ahead,
+                ahead_step,
                 out,
                 out_row,
                 PANEL_BYTES,

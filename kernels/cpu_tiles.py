@@ -71,10 +71,9 @@ def _cpu_features() -> set[str]:
 HAS_BF16_DOT = "avx512bf16" in _cpu_features()
 HAS_WIDE_VECTORS = "avx512f" in _cpu_features()
 
-# As many accumulators as there are registers for: 24 of 32 vectors, or 12 of 16 half as long.
-_TILE_PANELS = (
-    {1: 4, 2: 4, 4: 4, 8: 3, 12: 2, 16: 1, 24: 1} if HAS_WIDE_VECTORS else {1: 4, 2: 2, 4: 1, 6: 1}
-)
+# As many accumulators as there are registers for: 24 of 32 vectors, or 12 of 16 half as long. More
+# rows and fewer panels would load more than one number for each that is multiplied.
+_TILE_PANELS = {1: 4, 2: 4, 4: 4, 8: 3, 12: 2} if HAS_WIDE_VECTORS else {1: 4, 2: 2, 4: 1, 6: 1}
 TILE_ROWS = tuple(_TILE_PANELS)
 """Numbers of rows that there are tiles for."""
 _MOST_PANELS = 4
@@ -101,17 +100,20 @@ def _multiply_tile(
     w_panel: Any,
     num_steps: Any,
     ahead: Any,
+    ahead_step: Any,
     out: Any,
     out_row: Any,
     out_panel: Any,
 ) -> Any:
     """`row_bytes`, a constant, is the distance of x's rows, or 0 if they are packed; the elements
     are zeros that tell the types. `rows` is one of TILE_ROWS, and `panels` as `tile_panels` says.
-    The rest are addresses, and distances and counts in bytes and steps. `ahead` is how far behind
-    each line of w another one is that shall be brought into the cache meanwhile.
+    The rest are addresses, and distances and counts in bytes and steps. With each step of a panel,
+    another line is brought into the cache: `ahead` behind the panel at first, and `ahead_step`
+    further from step to step.
     """
     assert isinstance(row_bytes, types.IntegerLiteral), "not constant"
-    numbers = (rows, panels, x, w, w_step, w_panel, num_steps, ahead, out, out_row, out_panel)
+    places = (x, w, w_step, w_panel, num_steps, ahead, ahead_step, out, out_row, out_panel)
+    numbers = (rows, panels, *places)
     signature = types.void(row_bytes, x_element, w_element, *(types.int64 for _ in numbers))
     distance = row_bytes.literal_value
     elements = _NUMBA_ELEMENTS[x_element], _NUMBA_ELEMENTS[w_element]
@@ -169,6 +171,7 @@ class _Tile:
         w_panel: Any,
         num_steps: Any,
         ahead: Any,
+        ahead_step: Any,
         out: Any,
         out_row: Any,
         out_panel: Any,
@@ -186,13 +189,12 @@ class _Tile:
         b.cbranch(b.icmp_signed(">", num_steps, _int(0)), loop, done)
 
         b.position_at_end(loop)
-        step, x_now, w_offset = (b.phi(_I64) for _ in range(3))
+        step, x_now, w_offset, ahead_offset = (b.phi(_I64) for _ in range(4))
         sums = [b.phi(_LANES_F32) for _ in places]
         weights = []
         for panel in panels:
-            line = b.add(panel, w_offset)
-            self._prefetch(b.add(line, ahead))
-            weights.append(self._weights(line))
+            self._prefetch(b.add(panel, ahead_offset))
+            weights.append(self._weights(b.add(panel, w_offset)))
         added = []
         for row in range(self._rows):
             pair = self._broadcast(b.add(x_now, _int(row * self._row_bytes)))
@@ -204,6 +206,7 @@ class _Tile:
             (step, _int(0), next_step),
             (x_now, x, b.add(x_now, _int(self._step_bytes))),
             (w_offset, _int(0), b.add(w_offset, w_step)),
+            (ahead_offset, ahead, b.add(ahead_offset, ahead_step)),
             *zip(sums, starts, added, strict=True),
         ):
             phi.add_incoming(start, before)
@@ -226,8 +229,8 @@ class _Tile:
         b, byte = self._builder, ir.IntType(8).as_pointer()
         function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
         prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], function_type)
-        for_read, nearest, data_cache = (ir.Constant(_I32, n) for n in (0, 3, 1))
-        b.call(prefetch, [b.inttoptr(address, byte), for_read, nearest, data_cache])
+        for_read, second_level, data_cache = (ir.Constant(_I32, n) for n in (0, 2, 1))
+        b.call(prefetch, [b.inttoptr(address, byte), for_read, second_level, data_cache])
 
     def _weights(self, line: Any) -> tuple[Any, ...]:
         """One step of a panel, in the form that `_multiply_add` takes."""
