@@ -17,8 +17,8 @@ the model's type for them, sums are float32.
 
 Queries go in *groups* of as many rows as `multiply_tile` takes, and all groups take a step before
 any takes the next, so pages are read from memory once. They lie anywhere, where the hardware's
-prefetcher cannot follow, so they are brought in by hand: a step's values while its keys are
-multiplied, and the next step's keys while its values are.
+prefetcher cannot follow, so they are brought in by hand, while the step before them is computed;
+those of an item's first step during the last one of the item that the thread did before.
 
 What bounds it: for decode, reading 2 * length * Hkv * D * element bytes a row; for prefill, the
 4 * queries * length * Hq * D floating-point operations (half of that for a whole causal prompt).
@@ -43,6 +43,7 @@ from kernels.cpu_attention_step import (
     MOST_RUNS,
     Item,
     accumulate,
+    bring,
     item_bytes,
     lay_out,
     score,
@@ -98,8 +99,9 @@ def cut_tiles(starts: int, context_lens: int, num_rows: int, tokens: int, tiles:
 @jit
 def attend(
     element: Any,
-    tile: Any,
-    kv_head: int,
+    tiles: Any,
+    number: int,
+    next_number: int,
     group: int,
     num_kv_heads: int,
     head_size: int,
@@ -115,7 +117,8 @@ def attend(
     block_rows: int,
     scratch: int,
 ) -> None:
-    """One item: a tile with one key/value head. Addresses, and distances in elements:
+    """One item by its number, one of `len(tiles) * num_kv_heads`. `next_number` is that of the one
+    which the thread will likely do next. Addresses, and distances in elements:
 
     query        [T, query_stride] float32, head h at columns h * D, normed and rotated
     key_cache, value_cache
@@ -124,37 +127,39 @@ def attend(
     out          [T, Hq * D], packed in blocks of `block_rows` rows (`kernels.cpu_packing`)
     scratch      `scratch_bytes(G, D)` bytes, on a multiple of 64, of the calling thread
     """
-    token, visible = tile[1], tile[3]
-    tokens = tile[2] - token
-    length = visible + tokens - 1
-    item = lay_out(element, scratch, tokens * group, group, head_size, block_size)
+    tile, kv_head = _item(tiles, number)
+    next_tile, next_kv_head = _item(tiles, next_number)
+    token, visible, length = tile[1], tile[3], _num_keys(tile)
+    item = lay_out(element, scratch, (tile[2] - token) * group, group, head_size, block_size)
     first_column = kv_head * group * head_size
     set_up(element, item, query + (token * query_stride + first_column) * 4, query_stride, scale)
 
-    head_bytes = block_size * item.num_steps * STEP_BYTES
-    keys, values = key_cache + kv_head * head_bytes, value_cache + kv_head * head_bytes
-    page_bytes = num_kv_heads * head_bytes
-    table_place = block_tables + tile[0] * tables_stride * 4
-    table = numba.carray(pointer(table_place, np.int32(0)), (tables_stride,))
+    caches = key_cache, value_cache
+    place = (block_tables + tile[0] * tables_stride * 4, num_kv_heads, kv_head)
+    next_place = (block_tables + next_tile[0] * tables_stride * 4, num_kv_heads, next_kv_head)
     both = numba.carray(pointer(item.runs, np.int64(0)), (2, MOST_RUNS, 2))
     runs, soon = both[0], both[1]
     begin, end = 0, min(_step_end(0, block_size), length)
-    _find_runs(element, item, keys, values, page_bytes, table, begin, end, runs)
+    _find_runs(element, item, caches, place, begin, end, runs)
     while begin < length:
         next_end = min(_step_end(end, block_size), length)
-        num_soon = _find_runs(element, item, keys, values, page_bytes, table, end, next_end, soon)
-        prefetches = True  # for the other groups, the pages are there
+        if end < length:
+            num_soon = _find_runs(element, item, caches, place, end, next_end, soon)
+            bring(item, soon, num_soon, next_end - end)
+        else:
+            num_keys = min(_step_end(0, block_size), _num_keys(next_tile))
+            num_soon = _find_runs(element, item, caches, next_place, 0, num_keys, soon)
+            bring(item, soon, num_soon, num_keys)
         for first in range(0, item.queries, GROUP_ROWS):
             rows = min(item.queries - first, GROUP_ROWS)
             num_keys = min(visible + (first + rows - 1) // group, end) - begin
             if num_keys <= 0:
                 continue
-            score(element, item, first, rows, num_keys, runs, prefetches)
+            score(element, item, first, rows, num_keys, runs)
             for row in range(rows):
                 m = first + row
                 weigh(element, item, row, m, min(visible + m // group, end) - begin)
-            accumulate(element, item, first, rows, num_keys, runs, soon, num_soon)
-            prefetches, num_soon = False, 0
+            accumulate(element, item, first, rows, num_keys, runs)
         begin, end = end, next_end
         runs, soon = soon, runs
 
@@ -179,24 +184,42 @@ def _step_end(begin: int, block_size: int) -> int:
 
 
 @jit
+def _item(tiles: Any, number: int) -> Any:
+    """An item's tile and key/value head. All tiles of a head come one after the other, the last one
+    first: the later tiles of a prompt see more keys, and take longest.
+    """
+    kv_head, place = divmod(number, len(tiles))
+    return tiles[len(tiles) - 1 - place], kv_head
+
+
+@jit
+def _num_keys(tile: Any) -> int:
+    """Keys that the last query of a tile sees."""
+    return int(tile[3] + tile[2] - tile[1] - 1)
+
+
+@jit
 def _find_runs(
     element: Any,
     item: Item,
-    keys: int,
-    values: int,
-    page_bytes: int,
-    table: Any,
+    caches: tuple[int, int],
+    place: tuple[int, int, int],
     begin: int,
     end: int,
     runs: Any,
 ) -> int:
-    """Where keys begin .. end - 1 of a step and their values lie: one run a page, and how many."""
+    """Where keys begin .. end - 1 of a step and their values lie: one run a page, and how many.
+
+    `place`: a row's block table, and of how many key/value heads in a page which one.
+    """
+    table_place, num_kv_heads, kv_head = place
+    page, offset = divmod(begin, item.block_size)
     num_runs = (end - begin + item.block_size - 1) // item.block_size
-    page = begin // item.block_size
-    offset = begin - page * item.block_size
+    table = numba.carray(pointer(table_place, np.int32(0)), (page + num_runs,))
+    head_bytes = item.block_size * item.num_steps * STEP_BYTES
     value_offset = offset // numbers_per_step(element) * item.head_size
     for run in range(num_runs):
-        place = table[page + run] * page_bytes
-        runs[run, 0] = keys + place + offset * STEP_BYTES
-        runs[run, 1] = values + place + value_offset * STEP_BYTES
+        start = (table[page + run] * num_kv_heads + kv_head) * head_bytes
+        runs[run, 0] = caches[0] + start + offset * STEP_BYTES
+        runs[run, 1] = caches[1] + start + value_offset * STEP_BYTES
     return num_runs

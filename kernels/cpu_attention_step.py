@@ -13,7 +13,7 @@ import numpy as np
 
 from kernels.cpu_packing import numbers_per_step, pack_step
 from kernels.cpu_panels import PANEL_BYTES, panel_multiplier
-from kernels.cpu_runtime import CACHE_LINE_BYTES, LOG2_E, exp2, jit, pointer
+from kernels.cpu_runtime import CACHE_LINE_BYTES, LOG2_E, exp2, jit, pointer, prefetch
 from kernels.cpu_softmax import KEYS, weigh_scores
 from kernels.cpu_tiles import COLUMNS, HAS_WIDE_VECTORS, STEP_BYTES, TILE_ROWS
 
@@ -122,16 +122,14 @@ def set_up(element: Any, item: Item, place: int, stride: int, scale: float) -> N
 
 
 @jit
-def score(
-    element: Any, item: Item, first: int, rows: int, num_keys: int, runs: Any, prefetches: bool
-) -> None:
+def score(element: Any, item: Item, first: int, rows: int, num_keys: int, runs: Any) -> None:
     """A group's scores for the first `num_keys` keys of a step; garbage in the columns after."""
     tile_rows = _ROWS_FOR[rows]
     scores = numba.carray(pointer(item.scores, np.float32(0)), (tile_rows, _SCORE_COLUMNS))
     scores[:] = 0
     run = start = 0
     while start < num_keys:
-        keys, values = runs[run]
+        keys = runs[run, 0]
         panel_distance, together = PANEL_BYTES, 1
         if item.block_size == COLUMNS and num_keys - start > COLUMNS:
             panel_distance, together = runs[run + 1, 0] - keys, 2  # two pages as two panels
@@ -146,8 +144,8 @@ def score(
             item.block_size * STEP_BYTES,
             panel_distance,
             item.num_steps,
-            values - keys if prefetches else 0,
-            item.block_size * STEP_BYTES,
+            0,
+            0,
             item.scores + start * 4,
             _ROW_BYTES,
         )
@@ -187,8 +185,6 @@ def accumulate(
     rows: int,
     num_keys: int,
     runs: Any,
-    soon: Any,
-    num_soon: int,
 ) -> None:
     """Add a group's weighted values, those of the first `num_keys` keys of a step, to its sums."""
     p = numbers_per_step(element)
@@ -199,10 +195,9 @@ def accumulate(
         offset = start - run * item.block_size
         steps = min(item.block_size - offset, num_keys - start) // p
         values = runs[run, 1] + offset // p * step_bytes
-        ahead = soon[run, 0] - values if run < num_soon else 0
         if steps == 0:  # the second of two keys may be anything: take zeros instead
             _copy_first(values, item.line, item.head_size)
-            values, steps, ahead = item.line, 1, 0
+            values, steps = item.line, 1
         _multiply_weights(
             element,
             element,
@@ -213,12 +208,25 @@ def accumulate(
             step_bytes,
             PANEL_BYTES,
             steps,
-            ahead,
-            step_bytes,
+            0,
+            0,
             item.sums + first * item.width * 4,
             item.width * 4,
         )
         start += steps * p
+
+
+@jit
+def bring(item: Item, runs: Any, num_runs: int, num_keys: int) -> None:
+    """Bring the keys and values of a step into the cache."""
+    for run in range(num_runs):
+        keys, values = runs[run]
+        run_keys = min(item.block_size, num_keys - run * item.block_size)
+        for step in range(item.num_steps):
+            for offset in range(0, run_keys * STEP_BYTES, CACHE_LINE_BYTES):
+                prefetch(keys + step * item.block_size * STEP_BYTES + offset)
+        for offset in range(0, run_keys * item.num_steps * STEP_BYTES, CACHE_LINE_BYTES):
+            prefetch(values + offset)
 
 
 @jit

@@ -36,7 +36,7 @@ from kernels.cpu_runtime import (
     widen,
     zero_of,
 )
-from kernels.cpu_team import TASK_SIGNATURE, barrier, claim
+from kernels.cpu_team import TASK_SIGNATURE, barrier, claim, num_members
 
 LAYER = np.dtype(
     [
@@ -284,15 +284,16 @@ def _place_heads(x_element: Any, team: int, step: Any, layer: Any) -> None:
 def _attend_all(x_element: Any, team: int, step: Any, layer: Any, scratch: int) -> None:
     tiles = numba.carray(pointer(step.tiles, np.int64(0)), (step.num_tiles, 4))
     width = (step.num_heads + 2 * step.num_kv_heads) * step.head_size
+    num_items = step.num_tiles * step.num_kv_heads
     while True:
         item = claim(team)
-        if item >= step.num_tiles * step.num_kv_heads:
+        if item >= num_items:
             break
         attend(
             x_element,
-            # From the last one down: the later tiles of a prompt see more keys, and take longest.
-            tiles[step.num_tiles - 1 - item % step.num_tiles],
-            item // step.num_tiles,
+            tiles,
+            item,
+            min(item + num_members(team), num_items - 1),
             step.num_heads // step.num_kv_heads,
             step.num_kv_heads,
             step.head_size,

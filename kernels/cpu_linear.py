@@ -54,6 +54,9 @@ _LEVELS = 127
 """Greatest int8 weight."""
 _ITEM_BYTES = 384 * 1024
 """Weights of an item at most: they stay in the second-level cache for all blocks of rows."""
+_ITEMS_PER_MEMBER = 8
+"""At least, if there are enough tiles, lest one member computes the last item for long while the
+others wait."""
 _MOST_SHARES = 8
 """Blocks of rows that bring the next item's weights into the cache, at most: a power of two, so
 that each share is whole bytes."""
@@ -251,7 +254,7 @@ def _item_panels(team: int, matrix: Any, block_rows: int) -> int:
     num_panels = (matrix.num_outputs + COLUMNS - 1) // COLUMNS
     tile = tile_panels(block_rows, _MOST_PANELS)
     fitting = _ITEM_BYTES // (matrix.num_steps * COLUMNS * STEP_BYTES)
-    share = num_panels // (2 * num_members(team))
+    share = num_panels // (_ITEMS_PER_MEMBER * num_members(team))
     return int(max(tile, min(_MOST_PANELS, fitting, share) // tile * tile))
 
 

@@ -30,7 +30,8 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from numba.core import cgutils
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.core.types import uint16
 from numba.core.types.misc import CPointer
 from numba.extending import intrinsic, overload
@@ -136,6 +137,25 @@ def _stack_room(typing_context: Any, element: Any, count: Any) -> Any:
     return CPointer(element)(element, count), generate
 
 
+def emit_prefetch(builder: Any, address: Any) -> None:
+    """Code that brings the line at an address, which may be anything, into the second-level cache:
+    what is brought early must not push out of the first level what is needed now.
+    """
+    byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    function_type = ir.FunctionType(ir.VoidType(), [byte, *[number] * 3])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], function_type)
+    for_read, second_level, data_cache = (ir.Constant(number, n) for n in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, byte), for_read, second_level, data_cache])
+
+
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit_prefetch(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 pointer: Any = intrinsic(_pointer)
 """pointer(address, element): an address as a pointer to elements of that type, for `carray`."""
 
@@ -145,6 +165,9 @@ as a pointer for `carray`."""
 
 record_at: Any = intrinsic(_record_at)
 """record_at(address, dtype): an address as a pointer to records of a numpy dtype, for `carray`."""
+
+prefetch: Any = intrinsic(_prefetch)
+"""prefetch(address): see `emit_prefetch`."""
 
 
 def widen(element: Any) -> Any:

@@ -29,7 +29,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from kernels.cpu_runtime import jit
+from kernels.cpu_runtime import emit_prefetch, jit
 
 COLUMNS = 16
 """Columns of a panel."""
@@ -193,7 +193,7 @@ class _Tile:
         sums = [b.phi(_LANES_F32) for _ in places]
         weights = []
         for panel in panels:
-            self._prefetch(b.add(panel, ahead_offset))
+            emit_prefetch(b, b.add(panel, ahead_offset))
             weights.append(self._weights(b.add(panel, w_offset)))
         added = []
         for row in range(self._rows):
@@ -224,13 +224,6 @@ class _Tile:
         return self._builder.load(
             self._builder.inttoptr(address, vector.as_pointer()), align=STEP_BYTES
         )
-
-    def _prefetch(self, address: Any) -> None:
-        b, byte = self._builder, ir.IntType(8).as_pointer()
-        function_type = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-        prefetch = b.module.declare_intrinsic("llvm.prefetch", [byte], function_type)
-        for_read, second_level, data_cache = (ir.Constant(_I32, n) for n in (0, 2, 1))
-        b.call(prefetch, [b.inttoptr(address, byte), for_read, second_level, data_cache])
 
     def _weights(self, line: Any) -> tuple[Any, ...]:
         """One step of a panel, in the form that `_multiply_add` takes."""

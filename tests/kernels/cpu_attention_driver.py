@@ -19,9 +19,9 @@ GUARD = 77
 
 @jit
 def _attend_all(element: Any, tiles: Any, num_kv_heads: int, group: int, *arguments: Any) -> None:
-    for tile in range(len(tiles)):
-        for kv_head in range(num_kv_heads):
-            attend(element, tiles[tile], kv_head, group, num_kv_heads, *arguments)
+    num_items = len(tiles) * num_kv_heads
+    for item in range(num_items):
+        attend(element, tiles, item, (item + 1) % num_items, group, num_kv_heads, *arguments)
 
 
 def attend_all(batch: PagedBatch, block_rows: int = 1) -> Tensor:
