@@ -24,7 +24,7 @@ import torch
 
 from kernels.cpu_attention import attend
 from kernels.cpu_kv_cache import store_key, store_value
-from kernels.cpu_linear import MATRIX, project, project_gated
+from kernels.cpu_linear import project, project_gated
 from kernels.cpu_packing import store_packed
 from kernels.cpu_runtime import (
     compile_task,
@@ -37,6 +37,7 @@ from kernels.cpu_runtime import (
     zero_of,
 )
 from kernels.cpu_team import TASK_SIGNATURE, barrier, claim, num_members
+from kernels.cpu_weights import MATRIX
 
 LAYER = np.dtype(
     [

@@ -1,11 +1,4 @@
-"""Linear layers on the CPU: weights packed once, in the order in which the tiles read them.
-
-A packed weight [outputs, inputs] is a row of *panels* of 16 outputs. A panel lists its numbers step
-by step (see `kernels.cpu_tiles`): 64 bytes for each two inputs in bfloat16, or each one in float32,
-and half of that in int8. Outputs are filled up to whole panels with zeros.
-
-int8 is weight-only: an output's weights are integers from -127 to 127 times one float32 scale, and
-activations stay bfloat16. Half the bytes are read, which is what bounds small batches.
+"""Linear layers on the CPU: rows times weights that were packed for it (`kernels.cpu_weights`).
 
 The rows that are multiplied are packed too, in *blocks* of as many rows as a tile takes (see
 `kernels.cpu_packing`). An *item* of work is a few panels, which a thread multiplies with one block
@@ -17,41 +10,17 @@ What bounds it: for few rows reading the weights, for many arithmetic, never one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
-import torch
-from torch import Tensor
 
-from kernels.cpu_memory import zeros
 from kernels.cpu_packing import numbers_per_step, store_packed
 from kernels.cpu_panels import panel_multiplier
 from kernels.cpu_runtime import LOG2_E, exp2, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
-from kernels.cpu_tiles import (
-    COLUMNS,
-    STEP_BYTES,
-    TILE_ROWS,
-    tile_panels,
-)
+from kernels.cpu_tiles import COLUMNS, STEP_BYTES, TILE_ROWS, tile_panels
 
-MATRIX = np.dtype(
-    [
-        ("numbers", np.int64),
-        ("scales", np.int64),
-        ("bias", np.int64),
-        ("num_outputs", np.int64),
-        ("num_steps", np.int64),
-    ],
-    align=True,
-)
-"""A linear layer as compiled code sees it: addresses (scales and bias 0 if there are none)."""
-
-_LEVELS = 127
-"""Greatest int8 weight."""
 _ITEM_BYTES = 384 * 1024
 """Weights of an item at most: they stay in the second-level cache for all blocks of rows."""
 _ITEMS_PER_MEMBER = 8
@@ -66,127 +35,13 @@ SCRATCH_COLUMNS = _MOST_PANELS * COLUMNS
 SCRATCH_BYTES = 2 * MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
 """Of scratch that a member needs."""
 
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """The weight of a linear layer."""
-
-    numbers: Tensor
-    """[groups, panels, steps, 16, numbers of a step]."""
-    scales: Tensor | None
-    """[groups, panels * 16] float32 of an int8 weight."""
-    num_outputs: int
-    """Of each group."""
-    dtype: torch.dtype
-    """Of the activations that it multiplies."""
-
-    @classmethod
-    def pack(
-        cls, weights: Sequence[Tensor], *, num_groups: int = 1, to_int8: bool = False
-    ) -> PackedWeight:
-        """Pack a matrix [outputs, inputs], given as tensors one below the other, all float32 or all
-        bfloat16; int8 is for bfloat16 alone. Each of `num_groups` equal groups of outputs begins
-        with a panel of its own.
-
-        Raises ValueError for an odd number of inputs in bfloat16, and for int8 with float32.
-        """
-        num_inputs, dtype = weights[0].shape[1], weights[0].dtype
-        per_step = STEP_BYTES // dtype.itemsize
-        if num_inputs % per_step:
-            raise ValueError(f"a bfloat16 weight has {num_inputs} inputs; an even number is needed")
-        if to_int8 and dtype is not torch.bfloat16:
-            raise ValueError(f"int8 weights multiply bfloat16 activations, not {dtype}")
-        num_outputs = sum(map(len, weights)) // num_groups
-        num_panels = -(-num_outputs // COLUMNS)
-        shape = (num_groups, num_panels, num_inputs // per_step, COLUMNS, per_step)
-        numbers = zeros(shape, torch.int8 if to_int8 else dtype)
-        scales = torch.zeros(num_groups, num_panels * COLUMNS) if to_int8 else None
-        done = 0
-        for weight in weights:
-            rows = weight.contiguous()
-            while len(rows) > 0:
-                group, first = divmod(done, num_outputs)
-                piece = rows[: num_outputs - first]
-                place = (piece.data_ptr(), first, len(piece), num_inputs, numbers[group].data_ptr())
-                if scales is None:
-                    _pack_words(*place, per_step)
-                else:
-                    _pack_int8(*place, scales[group].data_ptr())
-                done += len(piece)
-                rows = rows[len(piece) :]
-        return cls(numbers, scales, num_outputs, dtype)
-
-    def unpack(self) -> Tensor:
-        """[outputs, inputs] in the dtype of the activations."""
-        rows = self.numbers.transpose(2, 3).flatten(3).flatten(1, 2)
-        if self.scales is not None:
-            rows = rows * self.scales[:, :, None]
-        return rows[:, : self.num_outputs].flatten(0, 1).to(self.dtype)
-
-    def matrix(self, bias: Tensor | None, group: int = 0) -> tuple[int, ...]:
-        """A group as a `MATRIX`; `bias` is that of all groups. The tensors must outlive it."""
-        return (
-            self.numbers[group].data_ptr(),
-            0 if self.scales is None else self.scales[group].data_ptr(),
-            0 if bias is None else bias[group * self.num_outputs :].data_ptr(),
-            self.num_outputs,
-            self.numbers.shape[2],
-        )
+_multiply_panels = panel_multiplier(0)
 
 
 def choose_block_rows(num_rows: int) -> int:
     """Rows of a block, for a number of rows: a shape of tile that leaves few of them empty."""
     enough = (rows for rows in TILE_ROWS if num_rows <= rows)
     return next(enough, min(TILE_ROWS[:-3:-1], key=lambda rows: -(-num_rows // rows) * rows))
-
-
-@jit
-def _pack_words(
-    weight_address: int, first: int, num_rows: int, num_inputs: int, address: int, per_step: int
-) -> None:
-    """Outputs `first` and further ones; the numbers of a step and output are one word."""
-    num_steps, end = num_inputs // per_step, first + num_rows
-    num_panels = (end + COLUMNS - 1) // COLUMNS
-    weight = numba.carray(pointer(weight_address, np.int32(0)), (num_rows, num_steps))
-    packed = numba.carray(pointer(address, np.int32(0)), (num_panels, num_steps, COLUMNS))
-    for panel in range(first // COLUMNS, num_panels):
-        start = panel * COLUMNS
-        columns = range(max(first - start, 0), min(end - start, COLUMNS))
-        if len(columns) == COLUMNS:  # A constant, which the compiler makes more of.
-            for step in range(num_steps):
-                for column in range(COLUMNS):
-                    packed[panel, step, column] = weight[start + column - first, step]
-        else:
-            for step in range(num_steps):
-                for column in columns:
-                    packed[panel, step, column] = weight[start + column - first, step]
-
-
-@jit
-def _pack_int8(
-    weight_address: int, first: int, num_rows: int, num_inputs: int, address: int, scales: int
-) -> None:
-    end = first + num_rows
-    num_panels = (end + COLUMNS - 1) // COLUMNS
-    weight = numba.carray(pointer(weight_address, np.uint16(0)), (num_rows, num_inputs))
-    shape = (num_panels, num_inputs // 2, COLUMNS, 2)
-    packed = numba.carray(pointer(address, np.int8(0)), shape)
-    scale_of = numba.carray(pointer(scales, np.float32(0)), (num_panels * COLUMNS,))
-    for output in range(first, end):
-        row = weight[output - first]
-        largest = np.float32(0)
-        for i in range(num_inputs):
-            largest = max(largest, abs(widen(row[i])))
-        scale_of[output] = largest / np.float32(_LEVELS)
-        inverse = np.float32(_LEVELS) / largest if largest > 0 else np.float32(0)
-        for i in range(num_inputs):
-            level = np.rint(widen(row[i]) * inverse)
-            packed[output // COLUMNS, i // 2, output % COLUMNS, i % 2] = np.int8(level)
-
-
-# -- multiplying -------------------------------------------------------------------------------
-
-_multiply_panels = panel_multiplier(0)
 
 
 @jit

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.cpu_linear import PackedWeight
+from kernels.cpu_weights import PackedWeight
 
 
 class PackedLinear:
@@ -16,10 +16,18 @@ class PackedLinear:
     __slots__ = ("bias", "packed")
 
     def __init__(
-        self, weights: Sequence[Tensor], bias: Tensor | None, *, num_groups: int, to_int8: bool
+        self,
+        weights: Sequence[Tensor],
+        bias: Tensor | None,
+        *,
+        num_groups: int,
+        to_int8: bool,
+        num_threads: int = 1,
     ) -> None:
-        """See `kernels.cpu_linear.PackedWeight.pack`."""
-        self.packed = PackedWeight.pack(weights, num_groups=num_groups, to_int8=to_int8)
+        """See `kernels.cpu_weights.PackedWeight.pack`."""
+        self.packed = PackedWeight.pack(
+            weights, num_groups=num_groups, to_int8=to_int8, num_threads=num_threads
+        )
         self.bias = bias
 
     @property

@@ -9,6 +9,7 @@ Choices made here
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -79,10 +80,11 @@ def load_runner(
     form = PartsForm(dtype=dtype, device=device, to_int8=config.quantization == "int8")
     with torch.inference_mode():
         cos_sin = cos_sin_table(model_config.rope, model_config.head_size, max_model_len, device)
-        parts = load_parts(model_config, directory, form)
+        cores = _share_of_cores(num_local_engines, local_rank)
+        at_start = dataclasses.replace(form, num_threads=max(1, len(cores)))
+        parts = load_parts(model_config, directory, at_start)
         model: Model
         if device.type == "cpu":
-            cores = _share_of_cores(num_local_engines, local_rank)
             model = _make_cpu_model(config, model_config, parts, cos_sin, cores)
         else:
             model = Decoder(model_config, parts, cos_sin)

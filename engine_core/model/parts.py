@@ -110,7 +110,9 @@ class PartsForm:
     dtype: torch.dtype
     device: torch.device
     to_int8: bool = False
-    """Weights of linear layers are rounded to int8 (`kernels.cpu_linear`); on a CPU only."""
+    """Weights of linear layers are rounded to int8 (`kernels.cpu_weights`); on a CPU only."""
+    num_threads: int = 1
+    """That make a part together, on a CPU: all cores while there is nothing else to do."""
 
 
 class PartsBuilder:
@@ -180,7 +182,13 @@ class PartsBuilder:
         # Imported only here: it brings numba, which GPUs do without.
         from engine_core.model.cpu_linear import PackedLinear
 
-        return PackedLinear(weights, bias, num_groups=spec.num_groups, to_int8=self._form.to_int8)
+        return PackedLinear(
+            weights,
+            bias,
+            num_groups=spec.num_groups,
+            to_int8=self._form.to_int8,
+            num_threads=self._form.num_threads,
+        )
 
     def _complete(self, shapes: Mapping[str, Shape], present: Tensor | None) -> list[Tensor]:
         """The received tensors of a stack, and rows of `present` in the places of others."""

@@ -20,9 +20,10 @@ from engine_core.validation import NUM_RESUMED_TOKENS
 from frontend.config import BUNDLED_MODEL_DIRECTORY
 from ipc.engine_config import EngineConfig
 from ipc.output import EventType
-from kernels.cpu_linear import PackedWeight, choose_block_rows
+from kernels.cpu_linear import choose_block_rows
 from kernels.cpu_team import Team
 from kernels.cpu_tiles import TILE_ROWS
+from kernels.cpu_weights import PackedWeight
 from tests.support.core_driver import CoreDriver
 from tests.support.linear_tasks import multiply, multiply_gated
 

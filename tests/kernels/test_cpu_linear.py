@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.cpu_linear import MAX_TILE_ROWS, PackedWeight, choose_block_rows
+from kernels.cpu_linear import MAX_TILE_ROWS, choose_block_rows
 from kernels.cpu_team import Team
 from kernels.cpu_tiles import TILE_ROWS
+from kernels.cpu_weights import PackedWeight
 from tests.support.linear_tasks import multiply, multiply_gated
 
 FORMS = {
@@ -86,6 +87,21 @@ def test_tensors_one_below_the_other_pack_as_one(num_groups: int, form: str) -> 
         assert torch.equal(packed.numbers, whole.numbers)
         if to_int8:
             assert torch.equal(scales_of(packed), scales_of(whole))
+
+
+@forms
+def test_threads_that_share_the_packing_pack_as_one(form: str) -> None:
+    """Pieces of a thread end within tensors, at their ends and at those of groups."""
+    dtype, to_int8 = FORMS[form]
+    pieces = torch.split(numbers(0, 2 * 2060, 6).to(dtype), [1500, 700, 1920])
+    alone, shared = (
+        PackedWeight.pack(pieces, num_groups=2, to_int8=to_int8, num_threads=number)
+        for number in (1, 4)
+    )
+    assert torch.equal(alone.unpack(), torch.cat(pieces)) or to_int8
+    assert torch.equal(alone.numbers, shared.numbers)
+    if to_int8:
+        assert torch.equal(scales_of(alone), scales_of(shared))
 
 
 def test_float32_takes_an_odd_number_of_inputs_and_a_view_of_a_wider_tensor() -> None:

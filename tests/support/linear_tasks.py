@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_linear import (
-    MATRIX,
     SCRATCH_BYTES,
-    PackedWeight,
     choose_block_rows,
     project,
     project_gated,
@@ -21,6 +19,7 @@ from kernels.cpu_linear import (
 from kernels.cpu_runtime import record_at, zero_of
 from kernels.cpu_team import TASK_SIGNATURE, Team
 from kernels.cpu_tiles import STEP_BYTES
+from kernels.cpu_weights import MATRIX, PackedWeight
 
 _CALL = np.dtype(
     [
