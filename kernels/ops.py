@@ -1,7 +1,7 @@
 """The kernels' only public door: each function picks the implementation for its tensors' device.
 
 CUDA tensors go to the Triton kernels, CPU tensors to the compiled CPU path. `kernels.reference`
-holds the same seven functions in plain PyTorch; read it for the shapes and the mathematics. An
+holds the same functions in plain PyTorch; read it for the shapes and the mathematics. An
 implementation is imported on first use: a CPU engine never pays for Triton, a GPU engine never
 for numba.
 
@@ -14,7 +14,8 @@ Conventions that hold everywhere
   when attention is called.
 - Activations may be slices of a wider tensor (a fused QKV projection): only the dimensions after
   the first need be contiguous.
-- Arithmetic is float32, rounded once, to the dtype of the input.
+- Arithmetic is float32, rounded once, to the dtype of the input (behind norms of queries and keys,
+  once more).
 - On the CPU, calls come from one thread at a time (numba's work queue is not thread-safe).
 """
 
@@ -53,13 +54,17 @@ class Implementation(Protocol):
         out: Tensor | None = None,
     ) -> Tensor: ...
 
-    def write_kv_cache(
+    def rotate_and_cache(
         self,
-        key: Tensor,
-        value: Tensor,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin_cache: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 0.0,
     ) -> None: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -67,10 +72,6 @@ class Implementation(Protocol):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]: ...
-
-    def rotary_embedding(
-        self, query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor
-    ) -> None: ...
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor: ...
 
@@ -138,11 +139,36 @@ def paged_prefill_attention(
     )
 
 
-def write_kv_cache(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+def rotate_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
-    """Store key and value [T, Hkv, D] at their slots, in place; a token with slot -1 is skipped."""
-    implementation(key.device.type).write_kv_cache(key, value, key_cache, value_cache, slot_mapping)
+    """What stands between the QKV projection and attention: norms of queries and keys if their
+    weights [D] are given, rotary position embedding (Su et al., 2021; element i paired with
+    i + D/2), and the write to the cache.
+
+    qkv [T, Hq + 2 Hkv, D]: the queries change in place; keys and values go to their slots, those of
+    a token with slot -1 nowhere, and what is left of them in qkv is undefined. positions [T] int64,
+    cos_sin_cache [max_position, D] float32: D/2 cosines, then D/2 sines.
+    """
+    implementation(qkv.device.type).rotate_and_cache(
+        qkv,
+        positions,
+        cos_sin_cache,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        query_norm,
+        key_norm,
+        eps,
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -153,15 +179,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), all [..., N]; neither input is changed."""
     return implementation(x.device.type).add_rms_norm(x, residual, weight, eps)
-
-
-def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
-    """Rotary position embedding (Su et al., 2021) in place, element i paired with i + D/2.
-
-    query [T, Hq, D], key [T, Hkv, D], positions [T] int64, cos_sin_cache [max_position, D] float32:
-    D/2 cosines, then D/2 sines.
-    """
-    implementation(query.device.type).rotary_embedding(query, key, positions, cos_sin_cache)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The kernels in plain PyTorch: the specification that the others are tested against.
 
 Nothing here is fast. Each function does its arithmetic in float32 and rounds once, to the dtype of
-its input, at the end. The implementations do the same, so that they differ from this file only by
-the order of their sums.
+its input, at the end (`rotate_and_cache` also behind its norms). The implementations do the same,
+so that they differ from this file only by the order of their sums.
 
 Shapes (T tokens of this step; R rows, one a sequence; D the head size; Hq query heads and Hkv
 key/value heads, Hq = G * Hkv; query head h reads key/value head h // G, "grouped-query attention"):
 
     query           [T, Hq, D]   (decode: T = R, one token a row)
-    key, value      [T, Hkv, D]
+    qkv             [T, Hq + 2 Hkv, D]: the token's queries, keys and values
     key_cache, value_cache
                     [num_blocks, Hkv, block_size, D]: head-major pages, so that one head's part of
                     a page is one contiguous run of block_size * D numbers
@@ -97,17 +97,6 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor
     return (probabilities @ values).transpose(0, 1).to(query.dtype)
 
 
-def write_kv_cache(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Store keys and values at their slots, in place. Slot -1 is skipped; no slot occurs twice."""
-    block_size = key_cache.shape[2]
-    tokens = (slot_mapping >= 0).nonzero().flatten()
-    slots = slot_mapping[tokens]
-    key_cache[slots // block_size, :, slots % block_size] = key[tokens]
-    value_cache[slots // block_size, :, slots % block_size] = value[tokens]
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., N], weight [N]."""
     wide = x.float()
@@ -121,17 +110,42 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def rotary_embedding(query: Tensor, key: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> None:
-    """Rotate [T, Hq, D] queries and [T, Hkv, D] keys in place by their positions ([T] int64).
+def rotate_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Prepare the heads [T, Hq + 2 Hkv, D] of a QKV projection for attention: norm queries and keys
+    if the model does (weights [D]), rotate both by their positions ([T] int64), leave the queries
+    in their place and store keys and values at their slots. Slot -1 is skipped; no slot occurs
+    twice.
 
     cos_sin_cache [max_position, D] float32 holds D/2 cosines, then D/2 sines. Element i is paired
     with i + D/2 (the "NeoX" pairing of the Llama and Qwen families):
     (a, b) becomes (a cos - b sin, b cos + a sin).
     """
+    num_kv_heads, block_size = key_cache.shape[1:3]
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    query, key, value = torch.split(qkv, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
-    for x in (query, key):
+
+    def prepared(x: Tensor, norm: Tensor | None) -> Tensor:
+        x = x if norm is None else rms_norm(x, norm, eps)
         a, b = x.float().chunk(2, dim=-1)
-        x.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1))
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    query.copy_(prepared(query, query_norm))
+    key = prepared(key, key_norm)
+    tokens = (slot_mapping >= 0).nonzero().flatten()
+    slots = slot_mapping[tokens]
+    key_cache[slots // block_size, :, slots % block_size] = key[tokens]
+    value_cache[slots // block_size, :, slots % block_size] = value[tokens]
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -33,17 +33,9 @@ from triton.compiler import ASTSource
 
 from kernels.triton_attention import attention_settings
 from kernels.triton_decode import decode_kernel, decode_settings, merge_kernel, merge_settings
-from kernels.triton_pointwise import (
-    norm_kernel,
-    norm_settings,
-    rotary_kernel,
-    rotary_settings,
-    silu_kernel,
-    silu_settings,
-    write_kernel,
-    write_settings,
-)
+from kernels.triton_pointwise import norm_kernel, norm_settings, silu_kernel, silu_settings
 from kernels.triton_prefill import prefill_kernel
+from kernels.triton_rotary import rotary_kernel, rotary_settings
 from kernels.triton_runtime import Settings
 
 KERNELS = {
@@ -53,7 +45,6 @@ KERNELS = {
     "norm": norm_kernel,
     "rotary": rotary_kernel,
     "silu": silu_kernel,
-    "write": write_kernel,
 }
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -155,9 +146,10 @@ def _settings(model: Model) -> Iterator[tuple[str, Settings]]:
     for has_residual in (False, True):
         constants = {"HAS_RESIDUAL": has_residual, **norm.constants}
         yield "norm", Settings(constants, norm.num_warps, norm.num_stages)
-    yield "rotary", rotary_settings(model.num_heads, model.num_kv_heads, size)
+    heads = (model.num_heads, model.num_kv_heads, size, model.block_size)
+    for has_norms in (False, True):
+        yield "rotary", rotary_settings(*heads, has_norms)
     yield "silu", silu_settings(model.intermediate_size)
-    yield "write", write_settings(model.num_kv_heads, model.block_size, size)
 
 
 def compile_one(build: Build) -> Report:

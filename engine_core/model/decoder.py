@@ -113,15 +113,17 @@ class _Layer:
         """Causal attention of [T, H] over the cached contexts; -> [T, H]."""
         config = self._config
         heads = self._qkv(x).view(x.shape[0], -1, config.head_size)  # [T, Hq + 2 Hkv, D]
-        query, key, value = torch.split(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        ops.rotate_and_cache(
+            heads,
+            step.positions,
+            cos_sin,
+            *cache,
+            step.slot_mapping,
+            self._query_norm,
+            self._key_norm,
+            config.rms_norm_eps,
         )
-        if self._query_norm is not None and self._key_norm is not None:
-            query = ops.rms_norm(query, self._query_norm, config.rms_norm_eps)
-            key = ops.rms_norm(key, self._key_norm, config.rms_norm_eps)
-        ops.rotary_embedding(query, key, step.positions, cos_sin)
-        key_cache, value_cache = cache
-        ops.write_kv_cache(key, value, key_cache, value_cache, step.slot_mapping)
+        query = heads[:, : config.num_heads]
         return self._output(self._paged_attention(query, cache, step).flatten(1))
 
     def _paged_attention(

@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).parent / "triton_checks.py"
-ROOT = CHECKS.parents[2]
-PARTS = ["decode", "prefill", "pointwise"]
+CHECKS = Path(__file__).parent
+ROOT = CHECKS.parents[1]
+PARTS = {
+    "decode": ("triton_checks.py", "-k", "decode"),
+    "prefill": ("triton_checks.py", "-k", "prefill"),
+    "layer": ("triton_layer_checks.py",),
+}
 
 
 def run_checks(part: str, *, interpreted: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
+    file, *selection = PARTS[part]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, str(CHECKS)],
+        [*command, *selection, str(CHECKS / file)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,
