@@ -75,6 +75,20 @@ class Implementation(Protocol):
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor: ...
 
+    def penalize(
+        self,
+        logits: Tensor,
+        rows: Tensor,
+        slots: Tensor,
+        output_counts: Tensor,
+        prompt_mask: Tensor,
+        presence: Tensor,
+        frequency: Tensor,
+        repetition: Tensor,
+    ) -> None: ...
+
+    def rank(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
+
 
 @cache
 def implementation(device_type: str) -> Implementation:
@@ -184,3 +198,29 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [T, 2 * I] = gate | up; -> [T, I]."""
     return implementation(gate_up.device.type).silu_and_mul(gate_up)
+
+
+def penalize(
+    logits: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    output_counts: Tensor,
+    prompt_mask: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+) -> None:
+    """Presence, frequency and repetition penalties, in place, of some rows [P] of logits [S, V].
+
+    Row i is of slot slots[i] of output_counts [slots, V] int32 and prompt_mask [slots, V] bool; the
+    penalties are [S] float32.
+    """
+    implementation(logits.device.type).penalize(
+        logits, rows, slots, output_counts, prompt_mask, presence, frequency, repetition
+    )
+
+
+def rank(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """For tokens [S] of logits [S, V]: the logarithms of the sums of exp(logits), and how many
+    tokens are at least as likely as the given: two [S]."""
+    return implementation(logits.device.type).rank(logits, tokens)

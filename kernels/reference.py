@@ -152,3 +152,35 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [..., 2 * I] = gate | up; -> [..., I]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def penalize(
+    logits: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    output_counts: Tensor,
+    prompt_mask: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+    repetition: Tensor,
+) -> None:
+    """Penalize some rows ([P] int64) of logits [S, V] float32 in place; row i is of slot slots[i].
+
+    output_counts [slots, V] int32: how often each token was sampled; prompt_mask [slots, V] bool:
+    whether it is in the prompt. presence, frequency and repetition are [S] float32. The first two
+    are OpenAI's and look at outputs only; repetition is CTRL's (Keskar et al., 2019) and looks at
+    the prompt too.
+    """
+    counts, x = output_counts[slots[rows]], logits[rows]
+    was_sampled = counts > 0
+    factor = torch.where(was_sampled | prompt_mask[slots[rows]], repetition[rows, None], 1.0)
+    x = torch.where(x > 0, x / factor, x * factor)
+    logits[rows] = x - frequency[rows, None] * counts - presence[rows, None] * was_sampled
+
+
+def rank(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits [S, V] float32 and tokens [S] int64: what to subtract from a row's logits to get
+    log-probabilities, [S] float32; how many tokens are at least as likely as the given, [S] int64.
+    """
+    chosen = logits.gather(1, tokens[:, None])
+    return logits.logsumexp(dim=-1), (logits >= chosen).sum(dim=-1)

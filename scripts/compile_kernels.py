@@ -33,10 +33,17 @@ from triton.compiler import ASTSource
 
 from kernels.triton_attention import attention_settings
 from kernels.triton_decode import decode_kernel, decode_settings, merge_kernel, merge_settings
+from kernels.triton_logits import (
+    penalize_kernel,
+    penalize_settings,
+    rank_kernel,
+    rank_settings,
+)
 from kernels.triton_pointwise import norm_kernel, norm_settings, silu_kernel, silu_settings
 from kernels.triton_prefill import prefill_kernel
 from kernels.triton_rotary import rotary_kernel, rotary_settings
 from kernels.triton_runtime import Settings
+from kernels.triton_sampling import choose_kernel, choose_settings
 
 KERNELS = {
     "decode": decode_kernel,
@@ -45,6 +52,9 @@ KERNELS = {
     "norm": norm_kernel,
     "rotary": rotary_kernel,
     "silu": silu_kernel,
+    "choose": choose_kernel,
+    "penalize": penalize_kernel,
+    "rank": rank_kernel,
 }
 SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -59,6 +69,23 @@ ARGUMENT_TYPES = {
     "lse": "*fp32",
     "scale": "fp32",
     "eps": "fp32",
+    "tokens": "*i64",
+    "logits": "*fp32",
+    "candidates": "*fp32",
+    "temperature": "*fp32",
+    "min_p": "*fp32",
+    "top_p": "*fp32",
+    "top_k": "*i64",
+    "seeds": "*i64",
+    "rows": "*i64",
+    "slots": "*i64",
+    "output_counts": "*i32",
+    "prompt_mask": "*i8",
+    "presence": "*fp32",
+    "frequency": "*fp32",
+    "repetition": "*fp32",
+    "normalizers": "*fp32",
+    "ranks": "*i64",
 }
 """By name; a `*_stride` is an i32, and everything else points to elements."""
 
@@ -74,14 +101,15 @@ class Model:
     block_size: int
     hidden_size: int = 4096
     intermediate_size: int = 14336
+    vocab_size: int = 128256
 
 
 SAMPLE = [
     Model(32, 8, 128, "bf16", 16),
-    Model(14, 2, 64, "fp16", 32, 896, 4864),
-    Model(8, 4, 32, "fp32", 16, 256, 768),
-    Model(32, 32, 96, "bf16", 128, 3072, 8192),
-    Model(8, 1, 256, "bf16", 64, 2048, 16384),
+    Model(14, 2, 64, "fp16", 32, 896, 4864, 151936),
+    Model(8, 4, 32, "fp32", 16, 256, 768, 4096),
+    Model(32, 32, 96, "bf16", 128, 3072, 8192, 32064),
+    Model(8, 1, 256, "bf16", 64, 2048, 16384, 256000),
 ]
 
 
@@ -150,6 +178,10 @@ def _settings(model: Model) -> Iterator[tuple[str, Settings]]:
     for has_norms in (False, True):
         yield "rotary", rotary_settings(*heads, has_norms)
     yield "silu", silu_settings(model.intermediate_size)
+    for is_greedy in (False, True):
+        yield "choose", choose_settings(model.vocab_size, is_greedy)
+    yield "penalize", penalize_settings(model.vocab_size)
+    yield "rank", rank_settings(model.vocab_size)
 
 
 def compile_one(build: Build) -> Report:

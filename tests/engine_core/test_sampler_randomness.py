@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from engine_core.batch import JoinedSequence
 from engine_core.model.sampler import Sampler
-from engine_core.model.sampling_ops import pick_tokens, uniform_draws
+from engine_core.model.sampling_ops import uniform_draws
 from ipc.request import SamplingParams
 from tests.support.slow_sampler import chi_square_limit
+from tests.support.tensor_chooser import pick_tokens
 
 CPU = torch.device("cpu")
 NUM_BINS = 64

@@ -17,11 +17,14 @@ PARTS = {
     "decode": ("triton_checks.py", "-k", "decode"),
     "prefill": ("triton_checks.py", "-k", "prefill"),
     "layer": ("triton_layer_checks.py",),
+    "sampling": ("triton_sampling_checks.py",),
 }
+SAMPLER = (
+    "mixtures or not_finite or forgets or logprobs or penalties or waits or outside or held_back"
+)
 
 
-def run_checks(part: str, *, interpreted: bool) -> None:
-    file, *selection = PARTS[part]
+def run(file: str, *selection: str, interpreted: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, *selection, str(CHECKS / file)],
@@ -36,9 +39,14 @@ def run_checks(part: str, *, interpreted: bool) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_the_sampler_with_interpreted_kernels_passes_its_own_tests() -> None:
+    run("../engine_core/test_sampler.py", "-k", SAMPLER, interpreted=True)
+
+
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=True)
+    run(*PARTS[part], interpreted=True)
 
 
 @pytest.mark.gpu
@@ -46,4 +54,4 @@ def test_interpreted_kernels_agree_with_the_reference(part: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=False)
+    run(*PARTS[part], interpreted=False)
