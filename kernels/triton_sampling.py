@@ -19,8 +19,8 @@ reads the row once, and sums in registers with three reductions.
 
 What bounds it: reading the row, which does not fit a multiprocessor's registers. `choose_bytes`
 counts the passes: the first comes from memory, later ones from the L2 cache as long as the rows in
-flight fit there. Few rows leave most multiprocessors idle; then it is a single one's bandwidth that
-bounds it, 4 V bytes a pass. The work is some 10 FLOP an element and pass.
+flight fit there. Few rows leave most multiprocessors idle; then a pass takes 4 V bytes at what one
+of them reads, 64 KB a latency. Its exponentials take as long: 16 a clock.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from kernels.triton_truncation import (
 )
 
 BLOCK = 4096
-"""Tokens of a row that a program looks at together: 16 a thread, to have many loads in flight."""
+"""Tokens of a row that a program looks at together: eight a thread. The next STAGES - 1 such
+loads are under way meanwhile: 64 KB."""
 SEGMENTS, WIDTH = 16, 256
+"""Parts of a row, and tokens of each that are looked at together: as many in all."""
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 MIXER_1 = tl.constexpr(0xBF58476D1CE4E5B9)

@@ -13,7 +13,7 @@ in WAYS + 1 parts at a time: ten rounds at most, each a count or a sum over the 
 A round over a whole row costs a pass, so first the row's largest logits are gathered: the least of
 the maxima of GROUPS groups of tokens is a bound that at least GROUPS tokens reach, and seldom more
 than CAPACITY. (Were the logits in random order, the number that do is a coupon collector's: 700 on
-average, above 2,048 once in 60,000 rows.) The search stays among them if they hold k tokens and
+average, above 2,048 once in 70,000 rows.) The search stays among them if they hold k tokens and
 the nucleus, or nothing else is above the cutoff of min-p; otherwise it takes the row.
 
 Sums run in an order that the vocabulary's size determines, and grow with the set that is summed, as

@@ -395,7 +395,7 @@ def test_nobody_pays_for_features_that_no_row_uses(request: pytest.FixtureReques
         sample(sampler, logits[:4], range(4), [1] * 4)
     with RecordedOps() as drawn:
         sample(sampler, logits, range(8), [1] * 8)
-    if "tensors" not in request.node.name:
+    if "compiled" in request.node.name:
         views = {"slice", "clone", "detach", "alias", "unbind", "lift_fresh"}  # one clone is ours
         assert greedy.names <= views | {"empty"}
         assert drawn.names <= views | {"empty"}

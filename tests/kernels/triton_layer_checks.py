@@ -18,7 +18,9 @@ from torch import Tensor
 
 from kernels import triton_kernels
 from kernels.triton_rotary import rotary_settings
+from scripts.kernel_bench.layer import layer_cases
 from tests.kernels.paged_cases import assert_agrees
+from tests.kernels.poison import poison_new_tensors
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 HALF = torch.float16 if DEVICE == "cpu" else torch.bfloat16
@@ -29,12 +31,7 @@ EPS = 1e-5
 @pytest.fixture(autouse=True)
 def outputs_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results that a kernel forgets to write are NaN."""
-
-    def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, torch.nan, dtype=dtype, device=device)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
+    poison_new_tensors(monkeypatch)
 
 
 def norm64(x: Tensor, weight: Tensor) -> Tensor:
@@ -121,6 +118,13 @@ def test_usual_numbers_of_heads_fill_their_programs(num_heads: int, num_kv_heads
     assert num_heads % constants["HEADS"] == num_kv_heads % constants["KV_HEADS"] == 0
     for heads in (constants["HEADS"], constants["KV_HEADS"]):
         assert heads * 64 / (32 * settings.num_warps) >= 8, "elements of a thread, for 16 bytes"
+
+
+def test_every_row_of_the_benchmark_runs() -> None:
+    cases = list(layer_cases(num_tokens=[3], num_rows=[2]))
+    for case in cases:
+        case.launches(torch.device(DEVICE), num_copies=1)[0]()
+    assert len({(case.kernel, case.shape) for case in cases}) == len(cases) == 12
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,7 @@ from kernels import triton_kernels
 from kernels.triton_runtime import jit
 from kernels.triton_sampling import choose_likeliest, uniform_draw
 from kernels.triton_truncation import CAPACITY
+from tests.kernels.poison import poison_new_tensors
 from tests.support.tensor_chooser import TensorChooser, truncated
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -31,16 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def outputs_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel forgets to write is no token, rank, count or number of any row."""
-
-    def poisoned(shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(
-            shape if isinstance(shape, tuple) else (shape,),
-            torch.nan if dtype.is_floating_point else -77,
-            dtype=dtype,
-            device=device,
-        )
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    poison_new_tensors(monkeypatch)
 
 
 def make_parameters(num_rows: int, vocab_size: int, seed: int) -> SlotParameters:
