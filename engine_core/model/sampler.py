@@ -81,6 +81,7 @@ class _Plan:
     """What the rows of a batch use. All its tensors are on the device."""
 
     slots: Integers
+    device_slots: Tensor
     parameters: RowParameters
     is_greedy: bool
     """All rows are."""
@@ -89,8 +90,6 @@ class _Plan:
     reporting: list[_Reporting]
     penalized: Tensor | None
     """Rows [P], if there are any."""
-    device_slots: Tensor | None
-    """`slots`, if any row is penalized."""
 
 
 class Sampler:
@@ -204,12 +203,12 @@ class Sampler:
         penalized = np.flatnonzero(self._is_penalized[slots])
         return _Plan(
             slots=slots,
+            device_slots=self._tensor(slots),
             parameters=self._parameters.of(slots, self._device),
             is_greedy=not self._parameters.temperature[slots].any(),
             edits=[(row, self._edits[slot]) for row, slot in rows if slot in self._edits],
             reporting=list(self._plan_reports(slots)),
             penalized=self._tensor(penalized) if len(penalized) else None,
-            device_slots=self._tensor(slots) if len(penalized) else None,
         )
 
     def _plan_reports(self, slots: Integers) -> Iterator[_Reporting]:
@@ -221,7 +220,6 @@ class Sampler:
     def _penalize(self, logits: Tensor, plan: _Plan) -> None:
         if plan.penalized is None:
             return
-        assert plan.device_slots is not None
         assert self._output_counts is not None
         assert self._prompt_mask is not None
         ops.penalize(
@@ -239,7 +237,6 @@ class Sampler:
         """Penalties are to know of the tokens. (A row without one is told of to nobody.)"""
         if plan.penalized is None:
             return
-        assert plan.device_slots is not None
         assert self._output_counts is not None
         rows = plan.penalized
         self._output_counts[plan.device_slots[rows], tokens[rows].clamp(min=0)] += 1

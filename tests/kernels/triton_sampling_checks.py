@@ -20,7 +20,7 @@ from engine_core.model.choosers import SlotParameters, TritonChooser
 from engine_core.model.sampling_ops import uniform_draws
 from kernels import triton_kernels
 from kernels.triton_runtime import jit
-from kernels.triton_sampling import choose_likeliest, uniform_draw
+from kernels.triton_sampling import choose_likeliest, pick, uniform_draw
 from kernels.triton_truncation import CAPACITY
 from tests.kernels.poison import poison_new_tensors
 from tests.support.tensor_chooser import TensorChooser, truncated
@@ -124,6 +124,27 @@ def test_rows_that_are_not_finite_get_no_token_and_leave_their_neighbours_alone(
     assert tokens[::2].tolist() == [-1] * 4
     assert tokens[1::2].tolist() == healthy[1::2].tolist()
     assert choose_likeliest(logits.to(DEVICE))[::2].tolist() == [-1] * 4
+
+
+@jit
+def pick_kernel(
+    out: tl.tensor, row: tl.tensor, uniform: tl.tensor, SIZE: tl.constexpr, STEP: tl.constexpr
+) -> None:
+    uniform = tl.load(uniform)
+    token = pick(row, 1e-30, uniform, 0.0, 1.0, SIZE, 4, 4 * STEP, STEP, 16, 4 * STEP)
+    tl.store(out, token)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-53])
+def test_a_token_of_weight_zero_is_never_picked(uniform: float) -> None:
+    """The first and the last of three tokens, at both ends of the unit interval."""
+    for tokens in ([0, 500, 999], [3, 4, 5], [63, 64, 128], [996, 997, 998]):
+        row = torch.full((1000,), -torch.inf, device=DEVICE)
+        row[tokens] = torch.tensor([0.0, -1e-3, -2e-3], device=DEVICE)
+        out = torch.full((1,), -77, device=DEVICE)
+        at = torch.full((1,), uniform, dtype=torch.float64, device=DEVICE)
+        pick_kernel[(1,)](out, row, at, SIZE=1000, STEP=64)
+        assert int(out) == tokens[int(3 * uniform)]
 
 
 @jit
