@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,21 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine_core.batch import NO_TOKEN, JoinedSequence
+from engine_core.batch import NO_TOKEN
 from engine_core.model import sampler as sampler_module
 from engine_core.model import sampling_ops
 from engine_core.model.choosers import CompiledChooser, SlotParameters, TritonChooser
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import uniform_draws
-from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
 from kernels import ops
+from tests.support.sampler_cases import join, make_logits, random_params, sample
 from tests.support.slow_sampler import chi_square_limit, edited_logits, pick, probabilities
 from tests.support.tensor_chooser import TensorChooser
 
 CPU = torch.device("cpu")
-
-
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -48,36 +45,6 @@ def chooser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 GREEDY = SamplingParams(temperature=0.0)
-
-
-def make_logits(rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
-    return 2 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
-
-
-def join(
-    sampler: Sampler,
-    slot: int,
-    params: SamplingParams,
-    prompt: Sequence[int] = (0,),
-    outputs: Sequence[int] = (),
-) -> None:
-    sampler.join(
-        JoinedSequence(
-            slot=slot,
-            token_ids=[*prompt, *outputs],
-            num_prompt_tokens=len(prompt),
-            block_ids=[],
-            sampling=params,
-        )
-    )
-
-
-def sample(
-    sampler: Sampler, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
-) -> tuple[list[int], dict[int, LogprobsLists]]:
-    """Sample from a copy of the logits."""
-    tokens, logprobs = sampler.sample(logits.clone(), np.array(slots), np.array(positions))
-    return tokens.tolist(), logprobs
 
 
 def draw_counts(logits: torch.Tensor, params: SamplingParams, num_draws: int) -> NDArray[np.int64]:
@@ -125,29 +92,6 @@ def test_draws_follow_the_distribution(name: str, seed: int) -> None:
         cells.append((counts[rare].sum(), expected[rare].sum()))
     statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in cells)
     assert statistic < chi_square_limit(len(cells) - 1) if len(cells) > 1 else statistic < 1e-9
-
-
-def random_params(choose: random.Random, vocab_size: int) -> SamplingParams:
-    def maybe(value: Any, default: Any) -> Any:
-        return value if choose.random() < 0.4 else default
-
-    tokens = range(vocab_size)
-    return SamplingParams(
-        temperature=maybe(0.0, choose.uniform(0.3, 2.0)),
-        top_k=maybe(choose.randrange(1, 60), 0),
-        top_p=maybe(choose.uniform(0.1, 1.0), 1.0),
-        min_p=maybe(choose.uniform(0.0, 0.3), 0.0),
-        presence_penalty=maybe(choose.uniform(-2, 2), 0.0),
-        frequency_penalty=maybe(choose.uniform(-2, 2), 0.0),
-        repetition_penalty=maybe(choose.uniform(0.5, 2.0), 1.0),
-        seed=choose.randrange(-5, 2**63),
-        logit_bias=maybe({choose.choice(tokens): choose.uniform(-5, 5) for _ in range(4)}, None),
-        allowed_token_ids=maybe(tuple(choose.sample(tokens, 20)), None),
-        min_tokens=maybe(choose.randrange(1, 8), 0),
-        max_tokens=None,
-        all_stop_token_ids=frozenset(choose.sample(tokens, 5)),
-        logprobs=maybe(choose.randrange(0, 5), None),
-    )
 
 
 def test_random_mixtures_of_features_match_the_reference_over_many_steps() -> None:
