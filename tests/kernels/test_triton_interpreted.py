@@ -11,15 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).parent / "triton_checks.py"
-ROOT = CHECKS.parents[2]
-PARTS = ["decode", "prefill", "pointwise"]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PARTS = [
+    ("triton_attention_checks.py", "decode"),
+    ("triton_attention_checks.py", "prefill"),
+    ("triton_attention_checks.py", "plan"),
+    ("triton_checks.py", "pointwise"),
+]
 
 
-def run_checks(part: str, *, interpreted: bool) -> None:
+def run_checks(file: str, part: str, *, interpreted: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
     result = subprocess.run(
-        [*command, str(CHECKS)],
+        [*command, str(HERE / file)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,
@@ -31,14 +36,14 @@ def run_checks(part: str, *, interpreted: bool) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("part", PARTS)
-def test_interpreted_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=True)
+@pytest.mark.parametrize(("file", "part"), PARTS)
+def test_interpreted_kernels_agree_with_the_reference(file: str, part: str) -> None:
+    run_checks(file, part, interpreted=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(180)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("part", PARTS)
-def test_compiled_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=False)
+@pytest.mark.parametrize(("file", "part"), PARTS)
+def test_compiled_kernels_agree_with_the_reference(file: str, part: str) -> None:
+    run_checks(file, part, interpreted=False)
