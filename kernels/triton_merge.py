@@ -25,16 +25,16 @@ import triton.language as tl
 
 from kernels.triton_runtime import jit
 
-_COLUMNS = 64
-_ELEMENTS = 4096
-"""Of the parts, how many columns and how many elements the merge takes at a time, at most: what
-lies in registers beside the accumulators that are not needed any more."""
-
 
 def merge_constants(rows: int, head_size: int) -> dict[str, int | bool]:
-    """For a merge of `rows` rows (a power of two): COLUMNS divides the head size."""
-    columns = min(_COLUMNS, head_size & -head_size)
-    splits = max(1, min(16, _ELEMENTS // (rows * columns)))
+    """For a merge of `rows` rows (a power of two).
+
+    AT_ONCE splits of COLUMNS columns are loaded at a time, so many as registers hold. For the few
+    rows of decode that is one round trip to memory for up to 16 splits. COLUMNS divides the head.
+    """
+    most_columns, most_elements = (128, 8192) if rows <= 16 else (64, 4096)
+    columns = min(most_columns, head_size & -head_size)
+    splits = max(1, min(16, most_elements // (rows * columns)))
     return {"AT_ONCE": 1 << (splits.bit_length() - 1), "COLUMNS": columns}
 
 

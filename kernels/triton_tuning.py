@@ -56,6 +56,7 @@ _DECODE = {
 _DECODE_EXACT = {64: (16, 4, 2), 256: (16, 8, 2)}
 _PREFILL = {
     # head size, up to: (most rows, tile, stages)
+    48: (128, 128, 2),
     80: (128, 128, 3),
     128: (128, 64, 3),
     192: (128, 32, 3),
