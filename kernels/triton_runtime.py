@@ -56,6 +56,9 @@ class Settings:
     constants: Mapping[str, int | bool]
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
+    """Of a thread. Without it, the assembler keeps to fewer than there are, for the sake of more
+    programs at a time, and rather spills some."""
 
     def keywords(self) -> dict[str, int | bool]:
         """As keyword arguments of a launch."""
@@ -63,11 +66,14 @@ class Settings:
 
     def options(self) -> dict[str, int | bool]:
         """The part of them that is for the compiler."""
-        return {
+        options: dict[str, int | bool] = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 def jit(function: Callable[..., Any]) -> Any:

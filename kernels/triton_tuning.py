@@ -67,7 +67,7 @@ _PREFILL_AMPERE = {
     48: (128, 128, 2),
     64: (128, 64, 3),
     80: (128, 128, 2),
-    96: (64, 64, 3),
+    96: (128, 64, 3),
     128: (128, 32, 3),
     192: (32, 64, 2),
     256: (64, 32, 2),
@@ -123,4 +123,4 @@ def attention_settings(
         **merge,
         "HAS_WINDOW": has_window,
     }
-    return Settings(constants, tuning.num_warps, tuning.num_stages)
+    return Settings(constants, tuning.num_warps, tuning.num_stages, max_registers=255)
