@@ -189,10 +189,15 @@ def attention_builds(model: Model, gpu: Gpu) -> Iterator[Build]:
             settings = prefill_settings(shape, prefill, has_window=has_window)
             yield _build("prefill", model, gpu.capability, settings, multiplies)
             tokens = prefill.block_m // shape.group
-            plan = plan_settings(tokens, prefill.tile)
-            constants = {"HAS_STARTS": True, **plan.constants}
-            settings = Settings(constants, plan.num_warps, plan.num_stages)
-            yield _build("plan", model, gpu.capability, settings)
+            yield _plan_build(model, gpu, tokens, prefill.tile, has_starts=True)
+    yield _plan_build(model, gpu, 1, decode.tile, has_starts=False)
+
+
+def _plan_build(model: Model, gpu: Gpu, tokens: int, tile: int, *, has_starts: bool) -> Build:
+    plan = plan_settings(tokens, tile)
+    constants = {"HAS_STARTS": has_starts, **plan.constants}
+    settings = Settings(constants, plan.num_warps, plan.num_stages)
+    return _build("plan", model, gpu.capability, settings)
 
 
 def pointwise_builds(model: Model, target: int) -> Iterator[Build]:
@@ -363,17 +368,18 @@ def line(report: Report) -> str:
 
 
 def markdown(reports: list[Report]) -> str:
-    """A table, one row a binary."""
+    """A table, one row a binary; of the shapes, what the others follow from."""
     lines = [
         "| target | kernel | type | shape | warps | registers | stack, B | shared, B | code |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    derived = re.compile(r" ?\b(head_low|head_high|at_once|columns|num_kv_heads|block)=\S+")
     for report in reports:
         cells = [
             f"sm_{report.target}",
             report.kernel,
             report.element,
-            report.shape,
+            derived.sub("", report.shape),
             report.num_warps,
             report.registers,
             report.stack_bytes,
