@@ -24,11 +24,50 @@ from __future__ import annotations
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from kernels.shapes import AttentionShape
+
+
+class DecodePlan(Protocol):
+    """How a decode step's attention is split over the device; the same for all layers.
+
+    Made once and kept: its memory is reused, and a CUDA graph that has captured an update and what
+    follows serves all later steps of as many rows.
+    """
+
+    def update(self, context_lens: Tensor, max_context_len: int) -> None:
+        """Before a step's first layer. `max_context_len` is a bound known on the host."""
+
+
+class PrefillPlan(Protocol):
+    """The same for rows with several query tokens."""
+
+    def update(
+        self, context_lens: Tensor, query_start_loc: Tensor, max_query_len: int, num_tokens: int
+    ) -> None:
+        """Before a step's first layer; the rows have `num_tokens` query tokens together."""
 
 
 class Implementation(Protocol):
     """What a backend module provides. Shapes and meaning: `kernels.reference`."""
+
+    def decode_plan(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        window: int = 0,
+        deterministic: bool = False,
+    ) -> DecodePlan: ...
+
+    def prefill_plan(
+        self,
+        shape: AttentionShape,
+        device: torch.device,
+        window: int = 0,
+        deterministic: bool = False,
+    ) -> PrefillPlan: ...
 
     def paged_decode_attention(
         self,
@@ -39,6 +78,8 @@ class Implementation(Protocol):
         context_lens: Tensor,
         scale: float,
         out: Tensor | None = None,
+        window: int = 0,
+        plan: DecodePlan | None = None,
     ) -> Tensor: ...
 
     def paged_prefill_attention(
@@ -52,6 +93,8 @@ class Implementation(Protocol):
         max_query_len: int,
         scale: float,
         out: Tensor | None = None,
+        window: int = 0,
+        plan: PrefillPlan | None = None,
     ) -> Tensor: ...
 
     def rotate_and_cache(
@@ -104,6 +147,27 @@ def implementation(device_type: str) -> Implementation:
     raise ValueError(f"no kernels for device type {device_type!r}: use 'cpu' or 'cuda'")
 
 
+def decode_plan(
+    shape: AttentionShape, device: torch.device, window: int = 0, deterministic: bool = False
+) -> DecodePlan:
+    """A plan for `paged_decode_attention` with these shapes and this window.
+
+    deterministic: rows are split by a fixed number of tokens, so that a row's result doesn't depend
+    on the batch.
+    """
+    return implementation(device.type).decode_plan(shape, device, window, deterministic)
+
+
+def prefill_plan(
+    shape: AttentionShape, device: torch.device, window: int = 0, deterministic: bool = False
+) -> PrefillPlan:
+    """A plan for `paged_prefill_attention` with these shapes and this window.
+
+    deterministic: a token's result depends neither on the batch nor on the chunk it comes in.
+    """
+    return implementation(device.type).prefill_plan(shape, device, window, deterministic)
+
+
 def paged_decode_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -112,14 +176,18 @@ def paged_decode_attention(
     context_lens: Tensor,
     scale: float,
     out: Tensor | None = None,
+    window: int = 0,
+    plan: DecodePlan | None = None,
 ) -> Tensor:
     """Attention of one query token a row over the row's pages.
 
     query [R, Hq, D], block_tables [R, max_blocks], context_lens [R] -> [R, Hq, D], written into
-    `out` if given. A row of length 0 gives zeros.
+    `out` if given. A row of length 0 gives zeros. scale > 0. With a window W > 0, a row's last W
+    keys are seen, and pages before them may belong to others by now. `plan`: one that was updated
+    for these rows; without it, one is made for this call.
     """
     return implementation(query.device.type).paged_decode_attention(
-        query, key_cache, value_cache, block_tables, context_lens, scale, out
+        query, key_cache, value_cache, block_tables, context_lens, scale, out, window, plan
     )
 
 
@@ -133,12 +201,15 @@ def paged_prefill_attention(
     max_query_len: int,
     scale: float,
     out: Tensor | None = None,
+    window: int = 0,
+    plan: PrefillPlan | None = None,
 ) -> Tensor:
     """Causal attention of any number of query tokens a row: prompts, chunks, single tokens, mixed.
 
     query [T, Hq, D]. Row r owns tokens query_start_loc[r] : query_start_loc[r + 1], the last tokens
     of its context; query_start_loc is [R + 1], max_query_len the most tokens any row owns.
-    -> [T, Hq, D], written into `out` if given; tokens that no row owns are left unwritten.
+    -> [T, Hq, D], written into `out` if given; tokens that no row owns are left unwritten. With a
+    window W > 0, a token sees the last W keys up to its own. `scale` and `plan` as above.
     """
     return implementation(query.device.type).paged_prefill_attention(
         query,
@@ -150,6 +221,8 @@ def paged_prefill_attention(
         max_query_len,
         scale,
         out,
+        window,
+        plan,
     )
 
 

@@ -24,6 +24,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.shapes import AttentionShape
+
+
+class ReferencePlan:
+    """There is nothing to plan."""
+
+    def update(self, context_lens: Tensor, *sizes: object) -> None:
+        """Does nothing."""
+
+
+def decode_plan(
+    shape: AttentionShape, device: torch.device, window: int = 0, deterministic: bool = False
+) -> ReferencePlan:
+    """A plan that says nothing."""
+    return ReferencePlan()
+
+
+def prefill_plan(
+    shape: AttentionShape, device: torch.device, window: int = 0, deterministic: bool = False
+) -> ReferencePlan:
+    """A plan that says nothing."""
+    return ReferencePlan()
+
 
 def paged_decode_attention(
     query: Tensor,
@@ -33,12 +56,18 @@ def paged_decode_attention(
     context_lens: Tensor,
     scale: float,
     out: Tensor | None = None,
+    window: int = 0,
+    plan: object = None,
 ) -> Tensor:
-    """softmax(scale q K^T) V of one query a row over the row's context; zeros for length 0."""
+    """softmax(scale q K^T) V of one query a row over the row's context; zeros for length 0.
+
+    With a window > 0, over the context's last `window` tokens.
+    """
     out = torch.empty_like(query) if out is None else out
     for row, length in enumerate(context_lens.tolist()):
-        keys, values = _gather(key_cache, value_cache, block_tables[row], length)
-        out[row : row + 1] = _attend(query[row : row + 1], keys, values, scale)
+        first = max(0, length - window) if window else 0
+        keys, values = _gather(key_cache, value_cache, block_tables[row], first, length)
+        out[row : row + 1] = _attend(query[row : row + 1], keys, values, scale, window)
     return out
 
 
@@ -52,47 +81,57 @@ def paged_prefill_attention(
     max_query_len: int,
     scale: float,
     out: Tensor | None = None,
+    window: int = 0,
+    plan: object = None,
 ) -> Tensor:
     """Causal attention; row r owns tokens query_start_loc[r] : query_start_loc[r + 1].
 
     A row's queries are the last tokens of its context: with n queries and length L, query i sees
-    the first L - n + i + 1 tokens. Tokens that no row owns are left unwritten.
+    the first L - n + i + 1 tokens, or with a window > 0 the last `window` of those. Tokens that no
+    row owns are left unwritten.
     """
     out = torch.empty_like(query) if out is None else out
     bounds = query_start_loc.tolist()
     for row, length in enumerate(context_lens.tolist()):
         start, end = bounds[row], bounds[row + 1]
-        keys, values = _gather(key_cache, value_cache, block_tables[row], length)
-        out[start:end] = _attend(query[start:end], keys, values, scale)
+        first = max(0, length - (end - start) + 1 - window) if window else 0
+        keys, values = _gather(key_cache, value_cache, block_tables[row], first, length)
+        out[start:end] = _attend(query[start:end], keys, values, scale, window)
     return out
 
 
 def _gather(
-    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, length: int
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, first: int, length: int
 ) -> tuple[Tensor, Tensor]:
-    """One row's keys and values out of their pages: two [Hkv, length, D] in float32."""
+    """One row's keys and values from `first` on, out of their pages: two [Hkv, L, D] in float32."""
     _, num_kv_heads, block_size, head_size = key_cache.shape
-    blocks = block_table[: -(-length // block_size)].long()
+    first_block = first // block_size
+    blocks = block_table[first_block : -(-length // block_size)].long()
+    wanted = slice(first - first_block * block_size, length - first_block * block_size)
 
     def contiguous(cache: Tensor) -> Tensor:
         pages = cache[blocks].transpose(0, 1)
-        return pages.reshape(num_kv_heads, -1, head_size)[:, :length].float()
+        return pages.reshape(num_kv_heads, -1, head_size)[:, wanted].float()
 
     return contiguous(key_cache), contiguous(value_cache)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """[n, Hq, D] queries, the last n of the context, over [Hkv, L, D] keys and values."""
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
+    """[n, Hq, D] queries, the last n of the context, over the last L keys and values of it, all
+    that any of them sees: [Hkv, L, D]."""
     num_queries, num_heads, _ = query.shape
     num_kv_heads, length, _ = keys.shape
-    if length == 0:
+    if length == 0 or num_queries == 0:
         return torch.zeros_like(query)
     group = num_heads // num_kv_heads
     keys = keys.repeat_interleave(group, dim=0)
     values = values.repeat_interleave(group, dim=0)
     scores = query.float().transpose(0, 1) @ keys.transpose(1, 2) * scale  # [Hq, n, L]
     position = torch.arange(length, device=query.device)
-    visible = position <= position[length - num_queries :, None]
+    own = position[length - num_queries :, None]
+    visible = position <= own
+    if window > 0:
+        visible &= position > own - window
     probabilities = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
     return (probabilities @ values).transpose(0, 1).to(query.dtype)
 

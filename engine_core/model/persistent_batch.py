@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_core.batch import Integers, StepBatch
-from engine_core.model.decoder import StepInputs
+from engine_core.model.step_inputs import StepInputs
 from engine_core.model.transfers import to_device
 from engine_core.prompt_logprobs import PromptSpan
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).parent
-ROOT = CHECKS.parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 PARTS = {
-    "decode": ("triton_checks.py", "-k", "decode"),
-    "prefill": ("triton_checks.py", "-k", "prefill"),
+    "decode": ("triton_attention_checks.py", "-k", "decode"),
+    "prefill": ("triton_attention_checks.py", "-k", "prefill"),
+    "plan": ("triton_attention_checks.py", "-k", "plan"),
     "layer": ("triton_layer_checks.py",),
     "sampling": ("triton_sampling_checks.py",),
 }
@@ -27,7 +28,7 @@ SAMPLER = (
 def run(file: str, *selection: str, interpreted: bool) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, *selection, str(CHECKS / file)],
+        [*command, *selection, str(HERE / file)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,

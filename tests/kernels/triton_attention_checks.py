@@ -1,0 +1,327 @@
+"""The attention kernels against float64, on a GPU or in Triton's interpreter.
+
+Not collected by itself: Triton must be told to interpret before it is imported, so
+test_triton_interpreted.py runs this file in processes of their own. On a machine with a GPU:
+`pytest tests/kernels/triton_attention_checks.py`.
+
+The interpreter computes bfloat16 products wrongly, so types there are float32 and float16.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import triton_kernels
+from kernels.shapes import AttentionShape
+from kernels.triton_plan import DecodePlan, PrefillPlan, TritonPlan
+from kernels.triton_runtime import gpu_of
+from kernels.triton_tuning import Tuning, decode_tuning, prefill_tuning
+from kernels.triton_work import RECORD, Splitting
+from tests.kernels.paged_cases import (
+    PAIRWISE_SHAPES,
+    PagedBatch,
+    Shape,
+    assert_agrees,
+    attention_in_float64,
+    paged_batch,
+    poisoned_like,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DTYPES = [torch.float32, torch.float16]
+SMALL = Shape(3, 2, 32, 16)
+
+
+def attention_shape(shape: Shape, dtype: torch.dtype) -> AttentionShape:
+    heads = (shape.num_heads, shape.num_kv_heads)
+    return AttentionShape(*heads, shape.head_size, shape.block_size, dtype.itemsize)
+
+
+def borders(*steps: int) -> list[int]:
+    """0, 1, and lengths around the first multiples of each step."""
+    around = {count * step + off for step in steps for count in (1, 2) for off in (-1, 0, 1)}
+    return sorted(around | {0, 1})
+
+
+def decode(batch: PagedBatch, window: int = 0, plan: DecodePlan | None = None) -> Tensor:
+    out = poisoned_like(batch.query)
+    arguments = batch.decode_arguments()
+    return triton_kernels.paged_decode_attention(*arguments, out, window, plan)
+
+
+def prefill(batch: PagedBatch, window: int = 0, plan: PrefillPlan | None = None) -> Tensor:
+    out = poisoned_like(batch.query)
+    arguments = batch.prefill_arguments()
+    return triton_kernels.paged_prefill_attention(*arguments, out, window, plan)
+
+
+def decode_plan(batch: PagedBatch, plan: DecodePlan) -> DecodePlan:
+    """The plan, updated for a batch."""
+    plan.update(batch.context_lens, batch.block_tables.shape[1] * batch.key_cache.shape[2])
+    return plan
+
+
+def prefill_plan(batch: PagedBatch, plan: PrefillPlan) -> PrefillPlan:
+    """The plan, updated for a batch."""
+    sizes = (batch.max_query_len, len(batch.query))
+    plan.update(batch.context_lens, batch.query_start_loc, *sizes)
+    return plan
+
+
+def records(plan: TritonPlan) -> list[list[int]]:
+    """The work list: row, query tile, first key, end, split, splits, first part."""
+    items: list[list[int]] = plan.work.view(-1, RECORD.value)[: int(plan.count), :7].tolist()
+    return items
+
+
+def split_finely(tuning: Tuning) -> Tuning:
+    """The same with splits of a tile or little more."""
+    return replace(tuning, min_keys=tuning.tile, programs_per_multiprocessor=1)
+
+
+@pytest.mark.parametrize("index", range(len(PAIRWISE_SHAPES)))
+@pytest.mark.parametrize("splits", ["few", "many"])
+def test_decode_agrees_at_every_border(index: int, splits: str) -> None:
+    shape, dtype = PAIRWISE_SHAPES[index], DTYPES[(index + (splits == "many")) % 2]
+    tuning = decode_tuning(attention_shape(shape, dtype))
+    lengths = borders(tuning.tile, shape.block_size)
+    batch = paged_batch(shape, lengths, dtype=dtype, device=str(DEVICE), seed=index)
+    if splits == "many":
+        tuning = split_finely(tuning)
+    plan = DecodePlan(attention_shape(shape, dtype), DEVICE, tuning=tuning)
+    out = decode(batch, plan=decode_plan(batch, plan))
+    assert_agrees(out, attention_in_float64(batch))
+
+
+@pytest.mark.parametrize("index", range(0, len(PAIRWISE_SHAPES), 2))
+def test_decode_agrees_for_long_and_ragged_contexts(index: int) -> None:
+    shape, dtype = PAIRWISE_SHAPES[index], DTYPES[index // 2 % 2]
+    lengths = [2048, 0, 1, 700] if dtype == torch.float16 else [1100, 0, 1]
+    batch = paged_batch(shape, lengths, dtype=dtype, device=str(DEVICE))
+    assert_agrees(decode(batch), attention_in_float64(batch))
+
+
+@pytest.mark.parametrize("window", [1, 16, 130])
+def test_decode_sees_a_window_and_touches_nothing_before_it(window: int) -> None:
+    for shape, dtype in ((SMALL, torch.float32), (Shape(2, 1, 48, 128), torch.float16)):
+        lengths = [0, 1, 39, 40, 41, 129, 131, 700]
+        batch = paged_batch(shape, lengths, window=window, dtype=dtype, device=str(DEVICE))
+        expected = attention_in_float64(batch, window)
+        assert_agrees(decode(batch, window), expected)
+        attention = attention_shape(shape, dtype)
+        fine = split_finely(decode_tuning(attention))
+        plan = DecodePlan(attention, DEVICE, window, tuning=fine)
+        assert_agrees(decode(batch, window, decode_plan(batch, plan)), expected)
+
+
+def test_decode_uses_a_plan_again_for_every_layer_and_step() -> None:
+    attention = attention_shape(SMALL, torch.float32)
+    plan = DecodePlan(attention, DEVICE, tuning=split_finely(decode_tuning(attention)))
+    for seed, lengths in enumerate(([40, 200, 0, 90], [300, 1, 33, 64], [17, 50], [1, 2, 3, 500])):
+        batch = paged_batch(SMALL, lengths, device=str(DEVICE), seed=seed)
+        decode_plan(batch, plan)
+        assert max(splits for *_, splits, _ in records(plan)) > 1
+        first = decode(batch, plan=plan)
+        assert_agrees(first, attention_in_float64(batch))
+        assert torch.equal(decode(batch, plan=plan), first)
+        assert plan.counters.count_nonzero() == 0
+
+
+def test_decode_does_not_depend_on_who_comes_last() -> None:
+    attention = attention_shape(SMALL, torch.float32)
+    plan = DecodePlan(attention, DEVICE, tuning=split_finely(decode_tuning(attention)))
+    batch = paged_batch(SMALL, [90, 0, 300, 33], device=str(DEVICE))
+    expected = decode(batch, plan=decode_plan(batch, plan))
+    items = int(plan.count)
+    for seed in range(3):
+        order = torch.randperm(items, generator=torch.Generator().manual_seed(seed))
+        work = plan.work.view(-1, RECORD.value)
+        work[:items] = work[:items][order.to(DEVICE)]
+        assert torch.equal(decode(batch, plan=plan), expected)
+
+
+def test_decode_in_deterministic_mode_is_the_same_alone_and_in_any_batch() -> None:
+    attention = attention_shape(SMALL, torch.float32)
+    tuning = replace(decode_tuning(attention), tokens_per_chunk=64)
+    plan = DecodePlan(attention, DEVICE, deterministic=True, tuning=tuning)
+    batch = paged_batch(SMALL, [500, 1, 64, 0, 130, 333], device=str(DEVICE))
+    together = decode(batch, plan=decode_plan(batch, plan))
+    assert_agrees(together, attention_in_float64(batch))
+    assert {splits for *_, splits, _ in records(plan)} == {1, 2, 5, 8}
+    for row in range(6):
+        alone = replace(
+            batch,
+            query=batch.query[row : row + 1],
+            block_tables=batch.block_tables[row : row + 1],
+            context_lens=batch.context_lens[row : row + 1],
+        )
+        assert torch.equal(decode(alone, plan=decode_plan(alone, plan))[0], together[row])
+
+
+@pytest.mark.parametrize("index", range(len(PAIRWISE_SHAPES)))
+def test_prefill_agrees_for_mixed_rows(index: int) -> None:
+    shape, dtype = PAIRWISE_SHAPES[index], DTYPES[index % 2]
+    query_lens, context_lens = [1, 3, 0, 33, 5], [1, 3, 40, 65, 333]
+    batch = paged_batch(shape, context_lens, query_lens, dtype=dtype, device=str(DEVICE))
+    assert_agrees(prefill(batch), attention_in_float64(batch))
+
+
+@pytest.mark.parametrize("query_len", [2, 15, 16, 17, 32, 63, 64, 65])
+def test_prefill_agrees_at_the_borders_of_its_tiles(query_len: int) -> None:
+    context_lens = [query_len, query_len + 47, query_len + 64]
+    batch = paged_batch(Shape(2, 1, 32, 16), context_lens, [query_len] * 3, device=str(DEVICE))
+    assert_agrees(prefill(batch), attention_in_float64(batch))
+
+
+@pytest.mark.parametrize("index", range(0, len(PAIRWISE_SHAPES), 3))
+def test_prefill_splits_short_chunks_over_long_contexts(index: int) -> None:
+    shape, dtype = PAIRWISE_SHAPES[index], torch.float16
+    batch = paged_batch(shape, [700, 20], [17, 20], dtype=dtype, device=str(DEVICE))
+    attention = attention_shape(shape, dtype)
+    tuning = split_finely(prefill_tuning(attention, gpu_of(DEVICE), 20))
+    plan = prefill_plan(batch, PrefillPlan(attention, DEVICE, tuning=tuning))
+    assert max(splits for *_, splits, _ in records(plan)) > 4
+    assert_agrees(prefill(batch, plan=plan), attention_in_float64(batch))
+    assert plan.counters.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("window", [1, 16, 130])
+def test_prefill_sees_a_window_and_touches_nothing_before_it(window: int) -> None:
+    for shape, dtype in ((SMALL, torch.float32), (Shape(2, 1, 48, 128), torch.float16)):
+        query_lens, context_lens = [1, 3, 0, 50, 70, 9], [1, 3, 40, 50, 300, 600]
+        batch = paged_batch(
+            shape, context_lens, query_lens, window=window, dtype=dtype, device=str(DEVICE)
+        )
+        expected = attention_in_float64(batch, window)
+        assert_agrees(prefill(batch, window), expected)
+        attention = attention_shape(shape, dtype)
+        fine = split_finely(prefill_tuning(attention, gpu_of(DEVICE), 70))
+        plan = prefill_plan(batch, PrefillPlan(attention, DEVICE, window, tuning=fine))
+        assert_agrees(prefill(batch, window, plan), expected)
+
+
+def test_prefill_in_deterministic_mode_is_the_same_for_every_way_to_cut_a_prompt() -> None:
+    batch = paged_batch(SMALL, [150, 90], [150, 90], device=str(DEVICE))
+    plan = PrefillPlan(attention_shape(SMALL, torch.float32), DEVICE, deterministic=True)
+    whole = prefill(batch, plan=prefill_plan(batch, plan))
+    assert_agrees(whole, attention_in_float64(batch))
+    begin = 0
+    for end in (1, 40, 41, 150):
+        chunk = replace(
+            batch,
+            query=batch.query[begin:end],
+            block_tables=batch.block_tables[:1],
+            context_lens=torch.tensor([end], dtype=torch.int32, device=DEVICE),
+            query_start_loc=torch.tensor([0, end - begin], dtype=torch.int32, device=DEVICE),
+            max_query_len=end - begin,
+        )
+        assert torch.equal(prefill(chunk, plan=prefill_plan(chunk, plan)), whole[begin:end])
+        begin = end
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(
+    "lengths", [[0], [1], [5000], [700, 0, 64, 3000, 1], [300] * 300, [1] * 40 + [100_000]]
+)
+def test_plan_deals_every_key_of_a_decode_step_once(lengths: list[int], window: int) -> None:
+    attention = AttentionShape(32, 8, 128, 16, 2)
+    plan = DecodePlan(attention, DEVICE, window)
+    plan.update(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths))
+    tuning = decode_tuning(attention)
+    starts = [max(0, n - window) // tuning.tile * tuning.tile if window else 0 for n in lengths]
+    check_work(plan, tuning, [(row, 0, starts[row], n) for row, n in enumerate(lengths)])
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(
+    ("query_lens", "context_lens"),
+    [([1], [1]), ([512], [20_000]), ([8, 0, 300, 1], [5000, 0, 300, 9]), ([2000] * 3, [2000] * 3)],
+)
+def test_plan_deals_every_key_of_a_prefill_step_once(
+    query_lens: list[int], context_lens: list[int], window: int
+) -> None:
+    attention = AttentionShape(32, 8, 128, 16, 2)
+    plan = PrefillPlan(attention, DEVICE, window)
+    starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).to(torch.int32)
+    lengths = torch.tensor(context_lens, dtype=torch.int32, device=DEVICE)
+    plan.update(lengths, starts, max(query_lens), sum(query_lens))
+    tuning = prefill_tuning(attention, gpu_of(DEVICE), max(query_lens))
+    tokens = tuning.block_m // attention.group
+    units = []
+    for tile in reversed(range(-(-max(query_lens) // tokens))):
+        for row, (num_queries, length) in enumerate(zip(query_lens, context_lens, strict=True)):
+            if tile * tokens < num_queries:
+                before = length - num_queries + tile * tokens
+                seen = max(0, before + 1 - window) // tuning.tile * tuning.tile if window else 0
+                units.append((row, tile, seen, min(before + tokens, length)))
+    check_work(plan, tuning, units)
+
+
+def check_work(plan: TritonPlan, tuning: Tuning, units: list[tuple[int, int, int, int]]) -> None:
+    """Units (row, query tile, start, end) are in the work list in this order, split as said."""
+    splitting = plan.splitting(tuning)
+    wanted = splitting.splits([end - start for _, _, start, end in units])
+    items = records(plan)
+    assert len(items) == sum(wanted) <= plan.num_items
+    part = 0
+    for (row, tile, start, end), splits in zip(units, wanted, strict=True):
+        of_unit, items = items[:splits], items[splits:]
+        for split, (*unit, begin, stop, at, count, first_part) in enumerate(of_unit):
+            assert (unit, at, count) == ([row, tile], split, splits)
+            assert begin % tuning.tile == 0
+            assert begin == start, "splits follow one another"
+            assert begin < stop or end == 0
+            assert first_part == part
+            start = stop
+        assert start == end
+        part += splits if splits > 1 else 0
+    assert part <= splitting.max_parts
+
+
+def test_plan_splits_fill_the_gpu_and_leave_full_batches_alone() -> None:
+    splitting = Splitting.to_fill(264, num_kv_heads=8, min_keys=256)
+    assert splitting.splits([1024]) == [4]
+    assert splitting.splits([131072]) == [33]
+    assert splitting.splits([4096] * 8) == [4] * 8
+    assert splitting.splits([4096] * 32) == [1] * 32
+    assert splitting.splits([1024] * 63 + [131072]) == [1] * 63 + [22]
+    fixed = Splitting.fixed(1024, num_units=3, max_context_len=5000)
+    assert fixed.splits([5000, 5000, 1]) == [5, 5, 1]
+    assert fixed.splits([5000]) == [5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(
+    ("head_size", "group"),
+    product((32, 48, 64, 80, 96, 128, 192, 256), (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)),
+)
+def test_decode_and_prefill_agree_in_bfloat16_over_the_whole_matrix(
+    head_size: int, group: int, window: int
+) -> None:
+    worst = {}
+    for block_size, dtype in product((16, 32, 64, 128), (torch.bfloat16, torch.float16)):
+        shape = Shape(group, 2, head_size, block_size)
+        lengths = [*borders(32, 64, 128), 2048, 20_000]
+        batch = paged_batch(shape, lengths, window=window, dtype=dtype, device="cuda")
+        expected = attention_in_float64(batch, window)
+        out = decode(batch, window)
+        assert_agrees(out, expected)
+        worst[f"decode {dtype} {block_size}"] = float((out - expected).abs().max())
+        query_lens, context_lens = [1, 3, 0, 200, 65, 9], [1, 3, 40, 200, 2048, 20_000]
+        batch = paged_batch(
+            shape, context_lens, query_lens, window=window, dtype=dtype, device="cuda"
+        )
+        expected = attention_in_float64(batch, window)
+        out = prefill(batch, window)
+        assert_agrees(out, expected)
+        worst[f"prefill {dtype} {block_size}"] = float((out - expected).abs().max())
+    print(f"largest errors, head size {head_size}, group {group}, window {window}: {worst}")
