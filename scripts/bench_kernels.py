@@ -1,15 +1,17 @@
-"""How near the attention kernels come to what a GPU can do.
+"""How near the kernels come to what a GPU can do.
 
-    python -m scripts.bench_kernels [--only roofs decode prefill] [--json FILE]    on a GPU
-    python -m scripts.bench_kernels --sweep [--json FILE]                          on a GPU
-    python -m scripts.bench_kernels --predict                                      anywhere
+    python -m scripts.bench_kernels [--only roofs decode prefill layer] [--json FILE]    on a GPU
+    python -m scripts.bench_kernels --sweep [--json FILE]                                on a GPU
+    python -m scripts.bench_kernels --predict                                            anywhere
 
 In one run: the bandwidth of a copy (read and written bytes counted) and of a reduction, which only
 reads; a bfloat16 matrix product; then, for 32 query and 8 key/value heads of 128 in bfloat16,
 
 - decode, batch 1 to 256 by context 1k to 128k as far as they fit into memory: microseconds a layer,
   share of the copy bandwidth, and of the reduction's;
-- prefill, prompts and short chunks over long contexts: TFLOP/s.
+- prefill, prompts and short chunks over long contexts: TFLOP/s;
+- the rest of a layer, and sampling: microseconds and share of the copy bandwidth (these have
+  predictions, and neither rivals nor goals).
 
 Launches are captured in a CUDA graph and replayed, pages lie in random order, and each launch reads
 pages that the cache has not (see scripts/kernel_bench/clocks.py and cases.py). Beside each: the
@@ -34,12 +36,13 @@ from scripts.http_bench.figures import write_json
 from scripts.kernel_bench import sweeping
 from scripts.kernel_bench.cases import Case, decode_cases, prefill_cases
 from scripts.kernel_bench.clocks import Clock, GraphClock
+from scripts.kernel_bench.layer import LayerCase, layer_cases
 from scripts.kernel_bench.measuring import Measurement, measure
 from scripts.kernel_bench.predictions import goal_us, predict
 from scripts.kernel_bench.rivals import RIVALS
 from scripts.kernel_bench.roofs import Roofs, measure_roofs
 
-PARTS = ("roofs", "decode", "prefill")
+PARTS = ("roofs", "decode", "prefill", "layer")
 PREDICTED_MEMORY_BYTES = 56 * 2**30
 """Two fifths of an H200's memory, as a run there would take."""
 MEMORY_SHARE = 0.4
@@ -80,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         figures = {"device": torch.cuda.get_device_name(), "roofs": asdict(roofs)}
         print_roofs(torch.cuda.get_device_name(), roofs)
         figures["cases"] = run_cases(cases, clock, roofs, torch.bfloat16)
+        if "layer" in options.only:
+            figures["layer"] = run_layer(list(layer_cases()), clock, roofs)
     if options.json is not None:
         write_json(options.json, figures)
     return 0
@@ -117,6 +122,30 @@ def run_cases(
         )
     print(f"{num_goals - num_missed} of {num_goals} goals met")
     return figures
+
+
+def run_layer(cases: Sequence[LayerCase], clock: Clock, roofs: Roofs) -> list[dict[str, object]]:
+    """Measure and print each of the kernels around attention; -> all figures."""
+    figures: list[dict[str, object]] = []
+    for case in cases:
+        us = clock.time_us(case.launches(clock.device))
+        share = case.num_bytes / (us * 1e-6) / roofs.copy_bytes_per_s
+        print(
+            f"{case.kernel:28} {case.shape:28} {case.num_bytes / 2**20:8.1f} MiB {us:9.1f} us  "
+            f"{share:6.1%} of copy  predicted {case.predicted_us:.1f} us",
+            flush=True,
+        )
+        figures.append({**_of(case), "us": us})
+    return figures
+
+
+def _of(case: LayerCase) -> dict[str, object]:
+    return {
+        "kernel": case.kernel,
+        "shape": case.shape,
+        "num_bytes": case.num_bytes,
+        "predicted_us": case.predicted_us,
+    }
 
 
 def line(measured: Measurement, roofs: Roofs, goal: float | None) -> str:
@@ -166,6 +195,14 @@ def print_predictions() -> list[dict[str, object]]:
             f"{predicted.num_programs} in {predicted.max_splits} splits at most"
         )
         figures.append({"case": asdict(case), **asdict(predicted)})
+    print(f"{'the rest of a layer, sampling':57} {'MiB':>8} {'us':>9} {'TB/s':>6}")
+    for kernel in layer_cases():
+        rate = kernel.num_bytes / kernel.predicted_us / 1e6
+        print(
+            f"{kernel.kernel:28} {kernel.shape:28} {kernel.num_bytes / 2**20:8.1f} "
+            f"{kernel.predicted_us:9.1f} {rate:6.2f}"
+        )
+        figures.append(_of(kernel))
     return figures
 
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from kernels.triton_logits import penalize, penalize_bytes, rank, rank_bytes
 from kernels.triton_pointwise import add_rms_norm, norm_bytes, rms_norm, silu_and_mul, silu_bytes
 from kernels.triton_rotary import rotate_and_cache, rotate_and_cache_bytes
+from kernels.triton_runtime import H200, cdiv
 from kernels.triton_sampling import choose_bytes, choose_likeliest, choose_tokens
-
-Launch = Callable[[], object]
+from scripts.kernel_bench.clocks import Launch
+from scripts.kernel_bench.predictions import ACCESS_US, LAUNCH_US, MEMORY_BYTES_PER_S
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCAB_SIZE = 4096, 14336, 128256
@@ -30,6 +31,8 @@ NUM_TOKENS = (1, 16, 64, 256, 2048, 8192)
 NUM_ROWS = (1, 8, 32, 132, 256)
 COLD_BYTES = 2**28
 """Of all copies together, at least."""
+ROW_BYTES_IN_FLIGHT = 2**16
+"""Of a row of logits, in the loads that its program has under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,25 @@ class LayerCase:
     """That one launch must read and write."""
     make: Callable[[torch.device], Launch]
     """A launch on data of its own."""
+    num_passes: int = 0
+    """Over a row of logits, by one program; 0 where a row is dealt out to many, or short."""
 
     def launches(self, device: torch.device, num_copies: int | None = None) -> list[Launch]:
         """On as many copies as are cold, unless told otherwise."""
         wanted = max(2, -(-COLD_BYTES // self.num_bytes))
         return [self.make(device) for _ in range(num_copies or min(wanted, 256))]
+
+    @property
+    def predicted_us(self) -> float:
+        """Of one launch on an H200, from the formulas: the launch, an index and what lies there,
+        and the bytes, or a row's as one program after the other on a multiprocessor reads them.
+        The rounds of a search for the cutoff, in registers, are not counted."""
+        spread_us = self.num_bytes / MEMORY_BYTES_PER_S * 1e6
+        if self.num_passes == 0:
+            return LAUNCH_US + 2 * ACCESS_US + spread_us
+        rows = self.num_bytes // (4 * VOCAB_SIZE * self.num_passes)
+        row_us = 4 * VOCAB_SIZE * self.num_passes / (ROW_BYTES_IN_FLIGHT / ACCESS_US)
+        return LAUNCH_US + max(spread_us, cdiv(rows, H200.num_multiprocessors) * row_us)
 
 
 def layer_cases(
@@ -73,10 +90,8 @@ def layer_cases(
 def _sampling_cases(rows: int) -> Iterator[LayerCase]:
     shape = f"{rows} rows of {VOCAB_SIZE} logits"
 
-    def num_bytes(is_drawn: bool, is_truncated: bool) -> int:
-        return choose_bytes(rows, VOCAB_SIZE, is_drawn=is_drawn, is_truncated=is_truncated)
-
-    yield LayerCase("likeliest", shape, num_bytes(False, False), partial(_likeliest, rows))
+    likeliest = choose_bytes(rows, VOCAB_SIZE, is_drawn=False, is_truncated=False)
+    yield LayerCase("likeliest", shape, likeliest, partial(_likeliest, rows), num_passes=1)
     for name, top_k, top_p in (
         ("draw", VOCAB_SIZE, 1.0),
         ("draw, top-k 50", 50, 1.0),
@@ -84,10 +99,12 @@ def _sampling_cases(rows: int) -> Iterator[LayerCase]:
         ("draw, top-k 50, top-p 0.95", 50, 0.95),
     ):
         is_truncated = top_k < VOCAB_SIZE or top_p < 1
+        num_bytes = choose_bytes(rows, VOCAB_SIZE, is_drawn=True, is_truncated=is_truncated)
         make = partial(_draw, rows, top_k, top_p)
-        yield LayerCase(name, shape, num_bytes(True, is_truncated), make)
+        yield LayerCase(name, shape, num_bytes, make, num_passes=2 + is_truncated)
     yield LayerCase("penalties", shape, penalize_bytes(rows, VOCAB_SIZE), partial(_penalize, rows))
-    yield LayerCase("rank, log-sum", shape, rank_bytes(rows, VOCAB_SIZE), partial(_rank, rows))
+    ranked = rank_bytes(rows, VOCAB_SIZE)
+    yield LayerCase("rank, log-sum", shape, ranked, partial(_rank, rows), num_passes=1)
 
 
 def _numbers(device: torch.device, *shape: int) -> Tensor:

@@ -14,6 +14,7 @@ import pytest
 
 from kernels.shapes import AttentionShape, decode_cost, prefill_cost
 from scripts.kernel_bench.cases import LLAMA, Case, decode_cases, prefill_cases
+from scripts.kernel_bench.layer import layer_cases
 from scripts.kernel_bench.predictions import MIB, goal_us, predict
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +24,12 @@ import torch
 import scripts.kernel_bench.cases as cases
 import scripts.kernel_bench.sweeping as sweeping
 from kernels.shapes import AttentionShape
-from scripts.bench_kernels import print_roofs, run_cases, run_sweep
+import scripts.kernel_bench.layer as layer
+from scripts.bench_kernels import print_roofs, run_cases, run_layer, run_sweep
 from scripts.kernel_bench.clocks import HostClock
 from scripts.kernel_bench.roofs import measure_roofs
 
-cases.COLD_BYTES = 1
+cases.COLD_BYTES = layer.COLD_BYTES = 1
 sweeping.TILES, sweeping.WARPS, sweeping.STAGES = (16, 32), (4,), (2,)
 sweeping.PAGE_SIZES, sweeping.CHUNKS = (16, 32), (64,)
 clock = HostClock()
@@ -37,6 +39,7 @@ shape = AttentionShape(4, 2, 32, 16, 4)
 tiny = [cases.Case(2, 40, shape=shape), cases.Case(1, 20, 20, shape), cases.Case(1, 50, 3, shape)]
 for figures in run_cases(tiny, clock, roofs, torch.float32):
     assert figures["largest_error"] < 1e-5, figures
+assert len(run_layer(list(layer.layer_cases([3], [])), clock, roofs)) == 5
 trials = run_sweep(tiny[:1], clock, torch.float32)
 assert len(trials) == 2 + 2 * 2, trials
 assert all(trial["us"] is not None for trial in trials), trials
@@ -77,8 +80,12 @@ def test_predictions_are_printed_as_predictions(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "nothing here was measured" in result.stdout
     predictions = json.loads(file.read_text())["predictions"]
-    assert len(predictions) == len(decode_cases(56 * 2**30)) + len(prefill_cases())
-    assert all(entry["us"] > 4 for entry in predictions)
+    attention = [entry for entry in predictions if "case" in entry]
+    assert len(attention) == len(decode_cases(56 * 2**30)) + len(prefill_cases())
+    assert all(entry["us"] > 4 for entry in attention)
+    layer = [entry for entry in predictions if "kernel" in entry]
+    assert len(layer) == len(predictions) - len(attention) == len(list(layer_cases()))
+    assert all(entry["num_bytes"] / entry["predicted_us"] < 4.4e6 for entry in layer)
 
 
 def test_decode_costs_the_cache_once_and_two_products_of_each_key() -> None:
