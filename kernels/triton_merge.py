@@ -26,15 +26,15 @@ import triton.language as tl
 from kernels.triton_runtime import jit
 
 
-def merge_constants(rows: int, head_size: int) -> dict[str, int | bool]:
-    """For a merge of `rows` rows (a power of two).
+def merge_constants(rows: int, head_size: int, num_warps: int) -> dict[str, int | bool]:
+    """For a merge of `rows` rows (a power of two) by so many warps.
 
-    AT_ONCE splits of COLUMNS columns are loaded at a time, so many as registers hold. For the few
-    rows of decode that is one round trip to memory for up to 16 splits. COLUMNS divides the head.
+    AT_ONCE splits of COLUMNS columns are loaded at a time, as many as 64 registers of each thread
+    hold. For the few rows of decode, that is one round trip to memory for 16 splits. COLUMNS
+    divides the head size.
     """
-    most_columns, most_elements = (128, 8192) if rows <= 16 else (64, 4096)
-    columns = min(most_columns, head_size & -head_size)
-    splits = max(1, min(16, most_elements // (rows * columns)))
+    columns = min(128 if rows <= 16 else 64, head_size & -head_size)
+    splits = max(1, min(16, 64 * 32 * num_warps // (rows * columns)))
     return {"AT_ONCE": 1 << (splits.bit_length() - 1), "COLUMNS": columns}
 
 

@@ -169,13 +169,13 @@ def prefill_plan(
 def decode_settings(shape: AttentionShape, tuning: Tuning, *, has_window: bool) -> Settings:
     """How the decode kernel runs."""
     rows = padded(shape.group, at_least=1)
-    merge = merge_constants(rows, shape.head_size)
+    merge = merge_constants(rows, shape.head_size, tuning.num_warps)
     return attention_settings(shape, tuning, merge, has_window)
 
 
 def prefill_settings(shape: AttentionShape, tuning: Tuning, *, has_window: bool) -> Settings:
     """How the prefill kernel runs."""
-    merge = merge_constants(tuning.block_m, shape.head_size)
+    merge = merge_constants(tuning.block_m, shape.head_size, tuning.num_warps)
     return attention_settings(shape, tuning, merge, has_window)
 
 

@@ -62,7 +62,8 @@ def predict(case: Case) -> Prediction:
     splits = splitting(case, tuning).splits(units)
     num_programs = sum(splits) * shape.num_kv_heads
     rows = padded(shape.group, at_least=1) if case.is_decode else tuning.block_m
-    fixed_us = LAUNCH_US + num_accesses(max(splits), rows, shape.head_size) * ACCESS_US
+    accesses = num_accesses(max(splits), rows, shape.head_size, tuning.num_warps)
+    fixed_us = LAUNCH_US + accesses * ACCESS_US
     memory_us = cost.num_bytes / MEMORY_BYTES_PER_S * 1e6
     if case.is_decode:
         key_bytes = 2 * shape.head_size * shape.element_bytes
@@ -75,11 +76,11 @@ def predict(case: Case) -> Prediction:
     return Prediction(fixed_us + max(memory_us, flop_us), num_programs, max(splits))
 
 
-def num_accesses(splits: int, rows: int, head_size: int) -> int:
+def num_accesses(splits: int, rows: int, head_size: int, num_warps: int) -> int:
     """To memory, one after the other, in the life of a program."""
     if splits == 1:
         return 3
-    merge = merge_constants(rows, head_size)
+    merge = merge_constants(rows, head_size, num_warps)
     return 5 + cdiv(splits, merge["AT_ONCE"]) * cdiv(head_size, merge["COLUMNS"])
 
 
