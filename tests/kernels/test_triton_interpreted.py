@@ -14,10 +14,10 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PARTS = [
-    ("triton_attention_checks.py", "decode"),
-    ("triton_attention_checks.py", "prefill"),
-    ("triton_attention_checks.py", "plan"),
-    ("triton_checks.py", "pointwise"),
+    ("triton_attention_checks.py", "test_decode"),
+    ("triton_attention_checks.py", "test_prefill"),
+    ("triton_attention_checks.py", "test_plan"),
+    ("triton_checks.py", "test_pointwise"),
 ]
 
 

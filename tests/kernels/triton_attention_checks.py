@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import triton_kernels
+from engine_core.model.attention import PagedAttention
+from engine_core.model.step_inputs import StepInputs
+from kernels import ops, triton_kernels
 from kernels.shapes import AttentionShape
 from kernels.triton_plan import DecodePlan, PrefillPlan, TritonPlan
 from kernels.triton_runtime import gpu_of
 from kernels.triton_tuning import Tuning, decode_tuning, prefill_tuning
-from kernels.triton_work import RECORD, Splitting
+from kernels.triton_work import CLASSES, RECORD, Splitting
 from tests.kernels.paged_cases import (
     PAIRWISE_SHAPES,
     PagedBatch,
@@ -265,7 +267,15 @@ def test_plan_deals_every_key_of_a_prefill_step_once(
 
 
 def check_work(plan: TritonPlan, tuning: Tuning, units: list[tuple[int, int, int, int]]) -> None:
-    """Units (row, query tile, start, end) are in the work list in this order, split as said."""
+    """Units (row, query tile, start, end) are in the work list, split as said: heavy ones first,
+    those of a class in this order."""
+    longest = max(end - start for _, _, start, end in units)
+
+    def weight_class(unit: tuple[int, int, int, int]) -> int:
+        num_keys = unit[3] - unit[2]
+        return next((n for n in range(CLASSES.value - 1) if num_keys > longest >> (n + 1)), 3)
+
+    units = sorted(units, key=weight_class)
     splitting = plan.splitting(tuning)
     wanted = splitting.splits([end - start for _, _, start, end in units])
     items = records(plan)
@@ -285,6 +295,27 @@ def check_work(plan: TritonPlan, tuning: Tuning, units: list[tuple[int, int, int
     assert part <= splitting.max_parts
 
 
+def test_plan_of_a_step_serves_both_kinds_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "implementation", lambda device_type: triton_kernels)
+    batch = paged_batch(SMALL, [40, 700, 20, 33], [1, 1, 20, 3], device=str(DEVICE))
+    step = StepInputs(
+        token_ids=torch.zeros(25, dtype=torch.int64, device=DEVICE),
+        positions=torch.zeros(25, dtype=torch.int64, device=DEVICE),
+        slot_mapping=torch.zeros(25, dtype=torch.int64, device=DEVICE),
+        block_tables=batch.block_tables,
+        context_lens=batch.context_lens,
+        num_decode_rows=2,
+        prefill_start_loc=batch.query_start_loc[2:] - 2,
+        max_prefill_len=20,
+        wanted_tokens=None,
+    )
+    attention = PagedAttention(SMALL.num_heads, SMALL.num_kv_heads, SMALL.head_size)
+    attention.begin(step, batch.key_cache)
+    for _ in range(2):
+        out = attention(batch.query, (batch.key_cache, batch.value_cache), step)
+        assert_agrees(out, attention_in_float64(batch))
+
+
 def test_plan_splits_fill_the_gpu_and_leave_full_batches_alone() -> None:
     splitting = Splitting.to_fill(264, num_kv_heads=8, min_keys=256)
     assert splitting.splits([1024]) == [4]
@@ -295,6 +326,46 @@ def test_plan_splits_fill_the_gpu_and_leave_full_batches_alone() -> None:
     fixed = Splitting.fixed(1024, num_units=3, max_context_len=5000)
     assert fixed.splits([5000, 5000, 1]) == [5, 5, 1]
     assert fixed.splits([5000]) == [5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_decode_replays_a_captured_graph_for_other_lengths() -> None:
+    shape = Shape(4, 2, 128, 16)
+    batches = [
+        paged_batch(shape, lengths, dtype=torch.bfloat16, device="cuda", seed=seed)
+        for seed, lengths in enumerate(([131_072, 5, 700], [1, 40_000, 0], [3000, 3000, 3001]))
+    ]
+    width = max(batch.block_tables.shape[1] for batch in batches)
+    blocks = max(len(batch.key_cache) for batch in batches)
+    caches = [torch.zeros(blocks, *batches[0].key_cache.shape[1:]).bfloat16() for _ in range(2)]
+    key_cache, value_cache = (cache.cuda() for cache in caches)
+    block_tables = torch.zeros((3, width), dtype=torch.int32, device="cuda")
+    static = replace(
+        batches[0],
+        query=batches[0].query.clone(),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_tables=block_tables,
+        context_lens=batches[0].context_lens.clone(),
+    )
+    plan = DecodePlan(attention_shape(shape, torch.bfloat16), DEVICE)
+    out = decode(static, plan=decode_plan(static, plan))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_plan(static, plan)
+        triton_kernels.paged_decode_attention(*static.decode_arguments(), out, 0, plan)
+    for batch in batches:
+        static.query.copy_(batch.query)
+        key_cache[: len(batch.key_cache)].copy_(batch.key_cache)
+        value_cache[: len(batch.value_cache)].copy_(batch.value_cache)
+        block_tables[:, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        static.context_lens.copy_(batch.context_lens)
+        for _ in range(2):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert_agrees(out, attention_in_float64(batch))
 
 
 @pytest.mark.gpu
