@@ -15,7 +15,9 @@ from kernels.shapes import AttentionShape
 from kernels.triton_plan import decode_settings, prefill_settings
 from kernels.triton_runtime import H200, Settings
 from kernels.triton_tuning import decode_tuning, prefill_tuning
-from scripts.compile_kernels import KERNELS, SAMPLE, Build, GeneratedCode, builds, compile_one
+from scripts.compile_kernels import KERNELS, Build, builds, compile_one
+from scripts.kernel_bench.generated_code import GeneratedCode
+from scripts.kernel_bench.models import SAMPLE
 
 ROOT = Path(__file__).parents[2]
 LLAMA = AttentionShape(32, 8, 128, 16, 2)

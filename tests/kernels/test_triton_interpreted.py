@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 PARTS = [
     ("triton_attention_checks.py", "test_decode"),
     ("triton_attention_checks.py", "test_prefill"),
-    ("triton_attention_checks.py", "test_plan"),
+    ("triton_plan_checks.py", "test_plan"),
     ("triton_checks.py", "test_pointwise"),
 ]
 
