@@ -1,7 +1,7 @@
 """Paged decode attention on a GPU: one query token a row, split along the keys.
 
 Program (item, key/value head) holds the G query heads of its head, padded to 16, and reads the keys
-and values of its item once (`kernels.triton_plan` says which; `kernels.triton_attention` has the
+and values of its item once (`kernels.triton_work` says which; `kernels.triton_attention` has the
 step, `kernels.triton_merge` the end). Heads are neighbours in the grid: those of a page lie
 together in memory.
 
@@ -15,9 +15,10 @@ All tiles go through one loop, also the last, ragged one. In a loop of its own, 
 be in flight before it begins: a microsecond for each program, while the comparison with the
 length costs a full tile 6 % of its instructions, in a kernel that waits for memory.
 
-What bounds it: reading the cache, 2 * keys * Hkv * D * element bytes a row (`kernels.costs`); the
-work is 4 * keys * Hq * D FLOP, that is G FLOP a byte in 16 bits, far below a GPU's balance. Small
-batches wait for a chain of dependent reads: work item, block number, keys, counter, parts.
+What bounds it: reading the cache, 2 * keys * Hkv * D * element bytes a row; the work is
+4 * keys * Hq * D FLOP, that is G FLOP a byte in 16 bits, far below a GPU's balance
+(`kernels.shapes.decode_cost`). Small batches wait for a chain of dependent accesses: work item,
+block number, keys, and for a split row its part, the counter, the other parts.
 """
 
 from __future__ import annotations

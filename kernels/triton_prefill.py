@@ -1,7 +1,7 @@
 """Paged causal attention on a GPU for rows with any number of query tokens.
 
 Program (item, key/value head) holds one query tile: BLOCK_M // G consecutive tokens of a row, times
-the G query heads of its head (`kernels.triton_plan` says which; `kernels.triton_attention` has the
+the G query heads of its head (`kernels.triton_work` says which; `kernels.triton_attention` has the
 step, `kernels.triton_merge` the end). A row's queries are the last tokens of its context, so query
 i of n, at position L - n + i, sees L - n + i + 1 keys, or with a window W > 0 the last W of those.
 

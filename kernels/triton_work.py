@@ -8,7 +8,8 @@ and an item with a key/value head is one program of the attention kernel:
     splits_u = max(1, round(n_u / chunk))
 
 so long rows are cut and short ones are not, whatever the batch. Tiles of keys are dealt evenly to a
-unit's splits. Units with the most keys come first: in a causal prompt, the last query tiles.
+unit's splits. Heavy units come first: those with more than half the keys of the longest, then those
+with more than a quarter, an eighth, and the rest; of equals, in a causal prompt, the last tiles.
 
 The grid is static: it follows from the number of rows and tokens, never from lengths, so a CUDA
 graph of one step serves all later ones. Bounds, with U units:
@@ -24,7 +25,8 @@ row's splits then depend on its own length alone.
 
 Layout: `work` [items, RECORD] int32, a record an item; `count` [1] int32.
 
-What bounds it: nothing but its launch, and about 2 * units / BLOCK dependent loads, once a step.
+What bounds it: its launch and some dependent loads, 1 + (classes that there are) rounds of them for
+every BLOCK units, once a step.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from kernels.triton_runtime import Settings, cdiv, jit, kernel
 
 RECORD = tl.constexpr(8)
 """row, query tile, first key, end of keys, split, splits, first partial result of the unit, -"""
+
+CLASSES = tl.constexpr(4)
+"""Of units by their keys; the heavier are dealt first."""
 
 _BLOCK = 256
 
@@ -124,8 +129,10 @@ def plan_kernel(
     """Grid (1). Units are numbered by query tile, last first, then by row."""
     num_units = num_rows * max_tiles
     all_keys = tl.zeros([], tl.int64)
+    longest = tl.zeros([], tl.int32)
+    num_left = tl.zeros([], tl.int32)
     for first in range(0, num_units, BLOCK):
-        _, _, start, end, _ = _units(
+        _, _, start, end, exists = _units(
             first,
             num_units,
             context_lens,
@@ -139,45 +146,55 @@ def plan_kernel(
             BLOCK,
         )
         all_keys += tl.sum((end - start).to(tl.int64), 0)
+        longest = tl.maximum(longest, tl.max(end - start, 0))
+        num_left += tl.sum(exists.to(tl.int32), 0)
     chunk = tl.maximum(min_keys, tl.cdiv(all_keys, budget)).to(tl.int32)
 
     num_items = tl.zeros([], tl.int32)
     num_parts = tl.zeros([], tl.int32)
-    for first in range(0, num_units, BLOCK):
-        row, query_tile, start, end, exists = _units(
-            first,
-            num_units,
-            context_lens,
-            query_start_loc,
-            num_rows,
-            max_tiles,
-            window,
-            HAS_STARTS,
-            TOKENS,
-            TILE,
-            BLOCK,
-        )
-        splits = tl.maximum((end - start + chunk // 2) // chunk, 1)
-        splits = tl.where(exists, splits, 0)
-        parts = tl.where(splits > 1, splits, 0)
-        item = num_items + tl.cumsum(splits, 0) - splits
-        part = num_parts + tl.cumsum(parts, 0) - parts
-        num_items += tl.sum(splits, 0)
-        num_parts += tl.sum(parts, 0)
-        tiles = tl.cdiv(end - start, TILE)
-        for split in range(0, tl.max(splits, 0)):
-            record = work + (item + split) * RECORD
-            there = split < splits
-            some = tl.maximum(splits, 1)  # no division by zero where there is no unit
-            begin = start + tiles * split // some * TILE
-            stop = tl.minimum(start + tiles * (split + 1) // some * TILE, end)
-            tl.store(record, row, mask=there)
-            tl.store(record + 1, query_tile, mask=there)
-            tl.store(record + 2, begin, mask=there)
-            tl.store(record + 3, stop, mask=there)
-            tl.store(record + 4, split + tl.zeros_like(row), mask=there)
-            tl.store(record + 5, splits, mask=there)
-            tl.store(record + 6, part, mask=there)
+    of_class = 0
+    while num_left > 0:
+        most = longest >> of_class
+        fewer = tl.where(of_class + 1 < CLASSES, longest >> (of_class + 1), -1)
+        for first in range(0, num_units, BLOCK):
+            row, query_tile, start, end, exists = _units(
+                first,
+                num_units,
+                context_lens,
+                query_start_loc,
+                num_rows,
+                max_tiles,
+                window,
+                HAS_STARTS,
+                TOKENS,
+                TILE,
+                BLOCK,
+            )
+            num_keys = end - start
+            dealt = exists & (num_keys > fewer) & (num_keys <= most)
+            num_left -= tl.sum(dealt.to(tl.int32), 0)
+            splits = tl.maximum((num_keys + chunk // 2) // chunk, 1)
+            splits = tl.where(dealt, splits, 0)
+            parts = tl.where(splits > 1, splits, 0)
+            item = num_items + tl.cumsum(splits, 0) - splits
+            part = num_parts + tl.cumsum(parts, 0) - parts
+            num_items += tl.sum(splits, 0)
+            num_parts += tl.sum(parts, 0)
+            tiles = tl.cdiv(num_keys, TILE)
+            for split in range(0, tl.max(splits, 0)):
+                record = work + (item + split) * RECORD
+                there = split < splits
+                some = tl.maximum(splits, 1)  # no division by zero where there is no unit
+                begin = start + tiles * split // some * TILE
+                stop = tl.minimum(start + tiles * (split + 1) // some * TILE, end)
+                tl.store(record, row, mask=there)
+                tl.store(record + 1, query_tile, mask=there)
+                tl.store(record + 2, begin, mask=there)
+                tl.store(record + 3, stop, mask=there)
+                tl.store(record + 4, split + tl.zeros_like(row), mask=there)
+                tl.store(record + 5, splits, mask=there)
+                tl.store(record + 6, part, mask=there)
+        of_class += 1
     tl.store(count, num_items)
 
 

@@ -21,9 +21,7 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -52,6 +50,8 @@ from kernels.triton_runtime import A100, B200, H200, Gpu, Settings
 from kernels.triton_sampling import choose_kernel, choose_settings
 from kernels.triton_tuning import decode_tuning, prefill_tuning
 from kernels.triton_work import plan_kernel, plan_settings
+from scripts.kernel_bench.generated_code import GeneratedCode, resource_usage
+from scripts.kernel_bench.models import ELEMENT_BYTES, SAMPLE, Model, sweep
 
 KERNELS = {
     "decode": decode_kernel,
@@ -65,7 +65,6 @@ KERNELS = {
     "rank": rank_kernel,
 }
 GPUS = {gpu.capability: gpu for gpu in (A100, H200, B200)}
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 ARGUMENT_TYPES = {
     "block_tables": "*i32",
     "context_lens": "*i32",
@@ -107,35 +106,6 @@ ARGUMENT_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """The shapes of a model that kernels are compiled for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    element: str
-    block_size: int
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    vocab_size: int = 128256
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.num_heads // self.num_kv_heads
-
-
-SAMPLE = [
-    Model(32, 8, 128, "bf16", 16),
-    Model(64, 8, 128, "bf16", 64, 8192, 28672),
-    Model(14, 2, 64, "fp16", 32, 896, 4864, 151936),
-    Model(8, 4, 32, "fp32", 16, 256, 768, 4096),
-    Model(32, 32, 96, "bf16", 128, 3072, 8192, 32064),
-    Model(8, 1, 256, "bf16", 64, 2048, 16384, 256000),
-]
-
-
-@dataclass(frozen=True, slots=True)
 class Build:
     """One kernel to compile for one shape, type and target."""
 
@@ -164,16 +134,6 @@ class Report:
     found: str = ""
     """Matrix instructions and loads in the generated code."""
     error: str | None = None
-
-
-def sweep() -> list[Model]:
-    """Every head size, group, page size and type the kernels support, at one size of model."""
-    return [
-        Model(group, 1, head_size, element, block_size, 1024, 4096)
-        for head_size, group, block_size, element in product(
-            (32, 48, 64, 80, 96, 128, 192, 256), (1, 3, 8, 16), (16, 128), ELEMENT_BYTES
-        )
-    ]
 
 
 def builds(models: list[Model], targets: list[int]) -> Iterator[Build]:
@@ -295,58 +255,8 @@ def compile_one(build: Build) -> Report:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedCode:
-    """What PTX says about the instructions that matter."""
-
-    matrix: frozenset[str]
-    """Kinds of matrix instructions: mma.sync (Ampere), wgmma (Hopper), tcgen05 (Blackwell)."""
-    async_bytes: frozenset[int]
-    """Widths of the asynchronous copies from global to shared memory."""
-
-    @classmethod
-    def of(cls, ptx: str) -> GeneratedCode:
-        """Read it."""
-        matrix = re.findall(r"\b(mma\.sync|wgmma|tcgen05)\.\S*mma|\b(mma\.sync)", ptx)
-        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^,]+,[^,]+, (?:0x)?(\w+)", ptx)
-        return cls(
-            frozenset(name for pair in matrix for name in pair if name),
-            frozenset(int(width, 16) for width in copies),
-        )
-
-    def faults(self) -> list[str]:
-        """What it lacks of a kernel that multiplies matrices out of the cache."""
-        faults = []
-        if not self.matrix:
-            faults.append("has no matrix instruction")
-        if not self.async_bytes:
-            faults.append("has no asynchronous loads")
-        elif self.async_bytes != {16}:
-            widths = sorted(self.async_bytes)
-            faults.append(f"has asynchronous loads of {widths} bytes, not of 16 alone")
-        return faults
-
-    def __str__(self) -> str:
-        widths = ", ".join(map(str, sorted(self.async_bytes)))
-        return f"{' + '.join(sorted(self.matrix))}, loads of {widths} B"
-
-
 def _type(name: str, element: str) -> str:
     return "i32" if name.endswith("stride") else ARGUMENT_TYPES.get(name, f"*{element}")
-
-
-def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and stack bytes a thread, by Triton's own cuobjdump; None without it."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not program.exists():
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(program), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (None, None)
 
 
 def main(arguments: list[str] | None = None) -> int:

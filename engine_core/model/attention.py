@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine_core.model.config import ModelConfig
 from engine_core.model.step_inputs import StepInputs
 from kernels import ops
 from kernels.shapes import AttentionShape
@@ -18,9 +17,9 @@ from kernels.shapes import AttentionShape
 class PagedAttention:
     """For the layers of one model, and one step at a time."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._scale = config.head_size**-0.5
+    def __init__(self, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+        self._heads = (num_heads, num_kv_heads, head_size)
+        self._scale = head_size**-0.5
         self._plans: tuple[ops.DecodePlan, ops.PrefillPlan] | None = None
 
     def begin(self, step: StepInputs, key_cache: Tensor) -> None:
@@ -65,7 +64,5 @@ class PagedAttention:
         return out
 
     def _make_plans(self, key_cache: Tensor) -> tuple[ops.DecodePlan, ops.PrefillPlan]:
-        config, block_size = self._config, key_cache.shape[2]
-        heads = (config.num_heads, config.num_kv_heads, config.head_size)
-        shape = AttentionShape(*heads, block_size, key_cache.element_size())
+        shape = AttentionShape(*self._heads, key_cache.shape[2], key_cache.element_size())
         return ops.decode_plan(shape, key_cache.device), ops.prefill_plan(shape, key_cache.device)

@@ -36,7 +36,7 @@ class Decoder:
         self._norm = parts.tensors["model.norm.weight"]
         self._lm_head = _torch_linear(parts.linears["lm_head"])
         self._cos_sin = cos_sin
-        self._attention = PagedAttention(config)
+        self._attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_size)
 
     def with_parts(self, parts: Parts) -> Self:
         """The same model with some other parts; takes some microseconds a layer."""

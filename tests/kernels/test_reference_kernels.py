@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from tests.kernels.paged_cases import PagedBatch, Shape, paged_batch, poisoned_like
+from tests.kernels.paged_cases import (
+    PagedBatch,
+    Shape,
+    attention_in_float64,
+    paged_batch,
+    poisoned_like,
+)
 
 
 def naive_attention(
-    batch: PagedBatch, token: int, row: int, visible: int, head: int
+    batch: PagedBatch, token: int, row: int, visible: int, head: int, first: int = 0
 ) -> list[float]:
-    """One query head's result over the row's first `visible` keys."""
+    """One query head's result over the row's keys first .. visible - 1."""
     block_size = batch.key_cache.shape[2]
     group = batch.query.shape[1] // batch.key_cache.shape[1]
     places = [
         (int(batch.block_tables[row, j // block_size]), head // group, j % block_size)
-        for j in range(visible)
+        for j in range(first, visible)
     ]
     query = batch.query[token, head].double()
     scores = [float(query @ batch.key_cache[place].double()) * batch.scale for place in places]
@@ -53,6 +59,23 @@ def test_prefill_lets_each_query_see_the_keys_up_to_its_own_position() -> None:
             assert out[token, 3].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
             token += 1
     assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 100])
+def test_a_window_hides_all_but_the_last_keys(window: int) -> None:
+    lengths, query_lens = [7, 20, 37], [7, 1, 5]
+    batch = paged_batch(Shape(2, 2, 8, 16), lengths, query_lens, window=window)
+    out = poisoned_like(batch.query)
+    reference.paged_prefill_attention(*batch.prefill_arguments(), out, window)
+    expected = attention_in_float64(batch, window)
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-6)
+    token = 7 + 1 + 4
+    alone = naive_attention(batch, token, 2, 37, head=3, first=max(0, 37 - window))
+    assert out[token, 3].tolist() == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    decoding = paged_batch(Shape(2, 2, 8, 16), lengths, window=window)
+    out = poisoned_like(decoding.query)
+    reference.paged_decode_attention(*decoding.decode_arguments(), out, window)
+    assert torch.allclose(out.double(), attention_in_float64(decoding, window), atol=1e-5)
 
 
 def test_a_row_of_length_zero_gives_zeros() -> None:

@@ -14,9 +14,9 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PARTS = {
-    "decode": ("triton_attention_checks.py", "-k", "decode"),
-    "prefill": ("triton_attention_checks.py", "-k", "prefill"),
-    "plan": ("triton_attention_checks.py", "-k", "plan"),
+    "decode": ("triton_attention_checks.py", "-k", "test_decode"),
+    "prefill": ("triton_attention_checks.py", "-k", "test_prefill"),
+    "plan": ("triton_plan_checks.py",),
     "layer": ("triton_layer_checks.py",),
     "sampling": ("triton_sampling_checks.py",),
 }

@@ -9,7 +9,6 @@ The interpreter computes bfloat16 products wrongly, so types there are float32 a
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from itertools import product
 
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from kernels import triton_kernels
-from kernels.shapes import AttentionShape
-from kernels.triton_plan import DecodePlan, PrefillPlan, TritonPlan
+from kernels.triton_plan import DecodePlan, PrefillPlan
 from kernels.triton_runtime import gpu_of
 from kernels.triton_tuning import Tuning, decode_tuning, prefill_tuning
-from kernels.triton_work import RECORD, Splitting
+from kernels.triton_work import RECORD
 from tests.kernels.paged_cases import (
     PAIRWISE_SHAPES,
     PagedBatch,
@@ -32,16 +30,9 @@ from tests.kernels.paged_cases import (
     paged_batch,
     poisoned_like,
 )
+from tests.kernels.triton_plan_checks import DEVICE, INTERPRETED, SMALL, attention_shape, records
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float32, torch.float16]
-SMALL = Shape(3, 2, 32, 16)
-
-
-def attention_shape(shape: Shape, dtype: torch.dtype) -> AttentionShape:
-    heads = (shape.num_heads, shape.num_kv_heads)
-    return AttentionShape(*heads, shape.head_size, shape.block_size, dtype.itemsize)
 
 
 def borders(*steps: int) -> list[int]:
@@ -73,12 +64,6 @@ def prefill_plan(batch: PagedBatch, plan: PrefillPlan) -> PrefillPlan:
     sizes = (batch.max_query_len, len(batch.query))
     plan.update(batch.context_lens, batch.query_start_loc, *sizes)
     return plan
-
-
-def records(plan: TritonPlan) -> list[list[int]]:
-    """The work list: row, query tile, first key, end, split, splits, first part."""
-    items: list[list[int]] = plan.work.view(-1, RECORD.value)[: int(plan.count), :7].tolist()
-    return items
 
 
 def split_finely(tuning: Tuning) -> Tuning:
@@ -226,75 +211,44 @@ def test_prefill_in_deterministic_mode_is_the_same_for_every_way_to_cut_a_prompt
         begin = end
 
 
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize(
-    "lengths", [[0], [1], [5000], [700, 0, 64, 3000, 1], [300] * 300, [1] * 40 + [100_000]]
-)
-def test_plan_deals_every_key_of_a_decode_step_once(lengths: list[int], window: int) -> None:
-    attention = AttentionShape(32, 8, 128, 16, 2)
-    plan = DecodePlan(attention, DEVICE, window)
-    plan.update(torch.tensor(lengths, dtype=torch.int32, device=DEVICE), max(lengths))
-    tuning = decode_tuning(attention)
-    starts = [max(0, n - window) // tuning.tile * tuning.tile if window else 0 for n in lengths]
-    check_work(plan, tuning, [(row, 0, starts[row], n) for row, n in enumerate(lengths)])
-
-
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize(
-    ("query_lens", "context_lens"),
-    [([1], [1]), ([512], [20_000]), ([8, 0, 300, 1], [5000, 0, 300, 9]), ([2000] * 3, [2000] * 3)],
-)
-def test_plan_deals_every_key_of_a_prefill_step_once(
-    query_lens: list[int], context_lens: list[int], window: int
-) -> None:
-    attention = AttentionShape(32, 8, 128, 16, 2)
-    plan = PrefillPlan(attention, DEVICE, window)
-    starts = torch.tensor([0, *query_lens], device=DEVICE).cumsum(0).to(torch.int32)
-    lengths = torch.tensor(context_lens, dtype=torch.int32, device=DEVICE)
-    plan.update(lengths, starts, max(query_lens), sum(query_lens))
-    tuning = prefill_tuning(attention, gpu_of(DEVICE), max(query_lens))
-    tokens = tuning.block_m // attention.group
-    units = []
-    for tile in reversed(range(-(-max(query_lens) // tokens))):
-        for row, (num_queries, length) in enumerate(zip(query_lens, context_lens, strict=True)):
-            if tile * tokens < num_queries:
-                before = length - num_queries + tile * tokens
-                seen = max(0, before + 1 - window) // tuning.tile * tuning.tile if window else 0
-                units.append((row, tile, seen, min(before + tokens, length)))
-    check_work(plan, tuning, units)
-
-
-def check_work(plan: TritonPlan, tuning: Tuning, units: list[tuple[int, int, int, int]]) -> None:
-    """Units (row, query tile, start, end) are in the work list in this order, split as said."""
-    splitting = plan.splitting(tuning)
-    wanted = splitting.splits([end - start for _, _, start, end in units])
-    items = records(plan)
-    assert len(items) == sum(wanted) <= plan.num_items
-    part = 0
-    for (row, tile, start, end), splits in zip(units, wanted, strict=True):
-        of_unit, items = items[:splits], items[splits:]
-        for split, (*unit, begin, stop, at, count, first_part) in enumerate(of_unit):
-            assert (unit, at, count) == ([row, tile], split, splits)
-            assert begin % tuning.tile == 0
-            assert begin == start, "splits follow one another"
-            assert begin < stop or end == 0
-            assert first_part == part
-            start = stop
-        assert start == end
-        part += splits if splits > 1 else 0
-    assert part <= splitting.max_parts
-
-
-def test_plan_splits_fill_the_gpu_and_leave_full_batches_alone() -> None:
-    splitting = Splitting.to_fill(264, num_kv_heads=8, min_keys=256)
-    assert splitting.splits([1024]) == [4]
-    assert splitting.splits([131072]) == [33]
-    assert splitting.splits([4096] * 8) == [4] * 8
-    assert splitting.splits([4096] * 32) == [1] * 32
-    assert splitting.splits([1024] * 63 + [131072]) == [1] * 63 + [22]
-    fixed = Splitting.fixed(1024, num_units=3, max_context_len=5000)
-    assert fixed.splits([5000, 5000, 1]) == [5, 5, 1]
-    assert fixed.splits([5000]) == [5]
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+def test_decode_replays_a_captured_graph_for_other_lengths() -> None:
+    shape = Shape(4, 2, 128, 16)
+    batches = [
+        paged_batch(shape, lengths, dtype=torch.bfloat16, device="cuda", seed=seed)
+        for seed, lengths in enumerate(([131_072, 5, 700], [1, 40_000, 0], [3000, 3000, 3001]))
+    ]
+    width = max(batch.block_tables.shape[1] for batch in batches)
+    blocks = max(len(batch.key_cache) for batch in batches)
+    caches = [torch.zeros(blocks, *batches[0].key_cache.shape[1:]).bfloat16() for _ in range(2)]
+    key_cache, value_cache = (cache.cuda() for cache in caches)
+    block_tables = torch.zeros((3, width), dtype=torch.int32, device="cuda")
+    static = replace(
+        batches[0],
+        query=batches[0].query.clone(),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_tables=block_tables,
+        context_lens=batches[0].context_lens.clone(),
+    )
+    plan = DecodePlan(attention_shape(shape, torch.bfloat16), DEVICE)
+    out = decode(static, plan=decode_plan(static, plan))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode_plan(static, plan)
+        triton_kernels.paged_decode_attention(*static.decode_arguments(), out, 0, plan)
+    for batch in batches:
+        static.query.copy_(batch.query)
+        key_cache[: len(batch.key_cache)].copy_(batch.key_cache)
+        value_cache[: len(batch.value_cache)].copy_(batch.value_cache)
+        block_tables[:, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        static.context_lens.copy_(batch.context_lens)
+        for _ in range(2):
+            out.fill_(torch.nan)
+            graph.replay()
+            assert_agrees(out, attention_in_float64(batch))
 
 
 @pytest.mark.gpu
