@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from engine_core.config import SchedulerConfig
 from engine_core.core import EngineCore
 from engine_core.model.config import parse_model_config
-from engine_core.model.decoder import StepInputs
 from engine_core.model.parts import PartsForm
 from engine_core.model.runner import TorchModelRunner
+from engine_core.model.step_inputs import StepInputs
 from ipc.output import encode_outputs
 from ipc.request import EngineCoreRequest, SamplingParams
 

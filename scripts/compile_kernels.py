@@ -1,10 +1,15 @@
 """Compile every Triton kernel ahead of time, for GPUs this machine need not have.
 
-    python -m scripts.compile_kernels [--target 80 90 100] [--all] [--json FILE]
+    python -m scripts.compile_kernels [--target 80 90 100] [--all] [--json FILE] [--markdown FILE]
 
-Prints one line a binary: kernel, shape, target, registers a thread, bytes of stack a thread (more
-than a few mean that registers were spilled), shared memory. Exits with 1 if any fails to compile,
-or needs more shared memory than its target has, which would only show at the first launch.
+Prints one line a binary: kernel, shape, target, registers a thread, bytes of stack a thread,
+shared memory, and what was found in the generated code. Exits with 1 if a kernel
+
+- fails to compile,
+- uses stack, so registers were spilled,
+- needs more shared memory than its target has, which would only show at the first launch,
+- lacks what its builds demand of the code: matrix instructions of the tensor cores, and loads of
+  keys and values that are asynchronous, all 16 bytes wide.
 
 The default sample takes a few models' shapes; `--all` sweeps head sizes, groups, page sizes and
 types. The kernels' own `*_settings` functions say what to compile, as they do at launch.
@@ -16,9 +21,7 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -31,36 +34,44 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton_attention import attention_settings
-from kernels.triton_decode import decode_kernel, decode_settings, merge_kernel, merge_settings
-from kernels.triton_pointwise import (
-    norm_kernel,
-    norm_settings,
-    rotary_kernel,
-    rotary_settings,
-    silu_kernel,
-    silu_settings,
-    write_kernel,
-    write_settings,
+from kernels.shapes import AttentionShape
+from kernels.triton_decode import decode_kernel
+from kernels.triton_logits import (
+    penalize_kernel,
+    penalize_settings,
+    rank_kernel,
+    rank_settings,
 )
+from kernels.triton_plan import decode_settings, prefill_settings
+from kernels.triton_pointwise import norm_kernel, norm_settings, silu_kernel, silu_settings
 from kernels.triton_prefill import prefill_kernel
-from kernels.triton_runtime import Settings
+from kernels.triton_rotary import rotary_kernel, rotary_settings
+from kernels.triton_runtime import A100, B200, H200, Gpu, Settings
+from kernels.triton_sampling import choose_kernel, choose_settings
+from kernels.triton_tuning import decode_tuning, prefill_tuning
+from kernels.triton_work import plan_kernel, plan_settings
+from scripts.kernel_bench.generated_code import GeneratedCode, resource_usage
+from scripts.kernel_bench.models import ELEMENT_BYTES, SAMPLE, Model, sweep
 
 KERNELS = {
     "decode": decode_kernel,
-    "merge": merge_kernel,
     "prefill": prefill_kernel,
+    "plan": plan_kernel,
     "norm": norm_kernel,
     "rotary": rotary_kernel,
     "silu": silu_kernel,
-    "write": write_kernel,
+    "choose": choose_kernel,
+    "penalize": penalize_kernel,
+    "rank": rank_kernel,
 }
-SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+GPUS = {gpu.capability: gpu for gpu in (A100, H200, B200)}
 ARGUMENT_TYPES = {
     "block_tables": "*i32",
     "context_lens": "*i32",
     "query_start_loc": "*i32",
+    "work": "*i32",
+    "count": "*i32",
+    "counters": "*i32",
     "slot_mapping": "*i64",
     "positions": "*i64",
     "cos_sin_cache": "*fp32",
@@ -68,30 +79,30 @@ ARGUMENT_TYPES = {
     "lse": "*fp32",
     "scale": "fp32",
     "eps": "fp32",
+    "tokens": "*i64",
+    "logits": "*fp32",
+    "candidates": "*fp32",
+    "temperature": "*fp32",
+    "min_p": "*fp32",
+    "top_p": "*fp32",
+    "top_k": "*i64",
+    "seeds": "*i64",
+    "rows": "*i64",
+    "slots": "*i64",
+    "output_counts": "*i32",
+    "prompt_mask": "*i8",
+    "presence": "*fp32",
+    "frequency": "*fp32",
+    "repetition": "*fp32",
+    "normalizers": "*fp32",
+    "ranks": "*i64",
+    "window": "i32",
+    "num_rows": "i32",
+    "max_tiles": "i32",
+    "min_keys": "i32",
+    "budget": "i32",
 }
 """By name; a `*_stride` is an i32, and everything else points to elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """The shapes of a model that kernels are compiled for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    element: str
-    block_size: int
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-
-
-SAMPLE = [
-    Model(32, 8, 128, "bf16", 16),
-    Model(14, 2, 64, "fp16", 32, 896, 4864),
-    Model(8, 4, 32, "fp32", 16, 256, 768),
-    Model(32, 32, 96, "bf16", 128, 3072, 8192),
-    Model(8, 1, 256, "bf16", 64, 2048, 16384),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,8 @@ class Build:
     element: str
     target: int
     settings: Settings
+    multiplies: bool = False
+    """Whether its code must have matrix instructions, fed by asynchronous 16-byte loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,47 +130,78 @@ class Report:
     registers: int | None = None
     stack_bytes: int | None = None
     shared_bytes: int | None = None
+    num_warps: int | None = None
+    found: str = ""
+    """Matrix instructions and loads in the generated code."""
     error: str | None = None
-
-
-def sweep() -> list[Model]:
-    """Every head size, group, page size and type the kernels support, at one size of model."""
-    return [
-        Model(group, 1, head_size, element, block_size, 1024, 4096)
-        for head_size, group, block_size, element in product(
-            (32, 48, 64, 80, 96, 128, 192, 256), (1, 3, 8, 16), (16, 128), ELEMENT_BYTES
-        )
-    ]
 
 
 def builds(models: list[Model], targets: list[int]) -> Iterator[Build]:
     """What to compile for some models, without repetitions."""
     seen = set()
     for model, target in product(models, targets):
-        for kernel, settings in _settings(model):
-            constants = settings.constants
-            shape = " ".join(f"{name.lower()}={value}" for name, value in constants.items())
-            key = (kernel, shape, model.element, target)
+        families = (attention_builds(model, GPUS[target]), pointwise_builds(model, target))
+        for build in (build for family in families for build in family):
+            key = (build.kernel, build.shape, build.element, build.target)
             if key not in seen:
                 seen.add(key)
-                yield Build(kernel, shape, model.element, target, settings)
+                yield build
 
 
-def _settings(model: Model) -> Iterator[tuple[str, Settings]]:
-    group, size = model.num_heads // model.num_kv_heads, model.head_size
-    attention = (size, group, model.block_size, ELEMENT_BYTES[model.element])
-    for num_splits in (1, 8):
-        yield "decode", decode_settings(*attention, num_splits)
-    yield "merge", merge_settings(size, num_splits=8)
-    for num_query_tokens in (4, 512):
-        yield "prefill", attention_settings(*attention, num_query_tokens)
+def attention_builds(model: Model, gpu: Gpu) -> Iterator[Build]:
+    """Decode and prefill, for a few tokens and for many; windows for one of the shapes."""
+    shape = AttentionShape(
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_size,
+        model.block_size,
+        ELEMENT_BYTES[model.element],
+    )
+    multiplies = model.element != "fp32"
+    decode = decode_tuning(shape)
+    windows = (False, True) if model.group == 4 else (False,)
+    for has_window in windows:
+        settings = decode_settings(shape, decode, has_window=has_window)
+        yield _build("decode", model, gpu.capability, settings, multiplies)
+        for max_query_len in (4, 4096):
+            prefill = prefill_tuning(shape, gpu, max_query_len)
+            settings = prefill_settings(shape, prefill, has_window=has_window)
+            yield _build("prefill", model, gpu.capability, settings, multiplies)
+            tokens = prefill.block_m // shape.group
+            yield _plan_build(model, gpu, tokens, prefill.tile, has_starts=True)
+    yield _plan_build(model, gpu, 1, decode.tile, has_starts=False)
+
+
+def _plan_build(model: Model, gpu: Gpu, tokens: int, tile: int, *, has_starts: bool) -> Build:
+    plan = plan_settings(tokens, tile)
+    constants = {"HAS_STARTS": has_starts, **plan.constants}
+    settings = Settings(constants, plan.num_warps, plan.num_stages)
+    return _build("plan", model, gpu.capability, settings)
+
+
+def pointwise_builds(model: Model, target: int) -> Iterator[Build]:
+    """Cache write, norms, rotary embedding and activation."""
     norm = norm_settings(model.hidden_size)
     for has_residual in (False, True):
         constants = {"HAS_RESIDUAL": has_residual, **norm.constants}
-        yield "norm", Settings(constants, norm.num_warps, norm.num_stages)
-    yield "rotary", rotary_settings(model.num_heads, model.num_kv_heads, size)
-    yield "silu", silu_settings(model.intermediate_size)
-    yield "write", write_settings(model.num_kv_heads, model.block_size, size)
+        settings = Settings(constants, norm.num_warps, norm.num_stages)
+        yield _build("norm", model, target, settings)
+    heads = (model.num_heads, model.num_kv_heads, model.head_size, model.block_size)
+    for has_norms in (False, True):
+        yield _build("rotary", model, target, rotary_settings(*heads, has_norms))
+    yield _build("silu", model, target, silu_settings(model.intermediate_size))
+    for is_greedy in (False, True):
+        yield _build("choose", model, target, choose_settings(model.vocab_size, is_greedy))
+    yield _build("penalize", model, target, penalize_settings(model.vocab_size))
+    yield _build("rank", model, target, rank_settings(model.vocab_size))
+
+
+def _build(
+    kernel: str, model: Model, target: int, settings: Settings, multiplies: bool = False
+) -> Build:
+    constants = settings.constants.items()
+    shape = " ".join(f"{name.lower()}={value}" for name, value in constants)
+    return Build(kernel, shape, model.element, target, settings, multiplies)
 
 
 def compile_one(build: Build) -> Report:
@@ -172,8 +216,10 @@ def compile_one(build: Build) -> Report:
     }
     divisible = {
         (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind.startswith("*") or kind == "i32"
+        for index, (parameter, kind) in enumerate(
+            zip(function.params, signature.values(), strict=True)
+        )
+        if (kind.startswith("*") or kind == "i32") and not parameter.do_not_specialize
     }
     try:
         binary = triton.compile(
@@ -188,42 +234,46 @@ def compile_one(build: Build) -> Report:
         text = " ".join(str(error).split())[-300:]
         return Report(*head, time.perf_counter() - begin, error=f"{type(error).__name__}: {text}")
     registers, stack_bytes = resource_usage(binary.asm["cubin"])
-    shared = binary.metadata.shared
-    limit = SHARED_MEMORY_BYTES[build.target]
-    excess = f"needs {shared} bytes of shared memory, has {limit}" if shared > limit else None
-    return Report(*head, time.perf_counter() - begin, registers, stack_bytes, shared, excess)
+    code = GeneratedCode.of(binary.asm["ptx"])
+    shared, limit = binary.metadata.shared, GPUS[build.target].shared_bytes
+    faults = []
+    if stack_bytes:
+        faults.append(f"uses {stack_bytes} bytes of stack")
+    if shared > limit:
+        faults.append(f"needs {shared} bytes of shared memory, has {limit}")
+    if build.multiplies:
+        faults += code.faults()
+    return Report(
+        *head,
+        time.perf_counter() - begin,
+        registers,
+        stack_bytes,
+        shared,
+        build.settings.num_warps,
+        str(code) if build.multiplies else "",
+        "; ".join(faults) or None,
+    )
 
 
 def _type(name: str, element: str) -> str:
     return "i32" if name.endswith("stride") else ARGUMENT_TYPES.get(name, f"*{element}")
 
 
-def resource_usage(cubin: bytes) -> tuple[int | None, int | None]:
-    """Registers and stack bytes a thread, by Triton's own cuobjdump; None without it."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not program.exists():
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(program), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (None, None)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    targets = sorted(SHARED_MEMORY_BYTES)
+    targets = sorted(GPUS)
     parser.add_argument("--target", type=int, nargs="+", choices=targets, default=targets)
     parser.add_argument("--all", action="store_true", help="sweep all supported shapes (long)")
+    parser.add_argument("--kernel", nargs="+", choices=sorted(KERNELS), default=sorted(KERNELS))
     parser.add_argument("--json", type=Path, help="also write the reports to this file")
+    parser.add_argument("--markdown", type=Path, help="also write them there, as a table")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: unset it, an interpreted kernel is not compiled")
 
-    wanted = list(builds(sweep() if options.all else SAMPLE, options.target))
+    models = sweep() if options.all else SAMPLE
+    wanted = [build for build in builds(models, options.target) if build.kernel in options.kernel]
     reports: list[Report] = []
     with ProcessPoolExecutor() as pool:
         for report in pool.map(compile_one, wanted):
@@ -233,6 +283,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(reports)} binaries, {failures} failures")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(reports))
     return 1 if failures or not reports else 0
 
 
@@ -242,9 +294,32 @@ def line(report: Report) -> str:
     if result is None:
         result = (
             f"{report.registers} registers, {report.stack_bytes} B stack, "
-            f"{report.shared_bytes} B shared"
+            f"{report.shared_bytes} B shared, {report.num_warps} warps {report.found}"
         )
-    return f"sm_{report.target:<4}{report.kernel:8} {report.element:5} {result:45} {report.shape}"
+    return f"sm_{report.target:<4}{report.kernel:8} {report.element:5} {result:78} {report.shape}"
+
+
+def markdown(reports: list[Report]) -> str:
+    """A table, one row a binary; of the shapes, what the others follow from."""
+    lines = [
+        "| target | kernel | type | shape | warps | registers | stack, B | shared, B | code |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    derived = re.compile(r" ?\b(head_low|head_high|at_once|columns|num_kv_heads|block)=\S+")
+    for report in reports:
+        cells = [
+            f"sm_{report.target}",
+            report.kernel,
+            report.element,
+            derived.sub("", report.shape),
+            report.num_warps,
+            report.registers,
+            report.stack_bytes,
+            report.shared_bytes,
+            report.error or report.found,
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from engine_core.model.config import ModelConfig
 from engine_core.model.cpu_linear import PackedLinear
-from engine_core.model.decoder import StepInputs
 from engine_core.model.linear import Linear
 from engine_core.model.parts import EMBEDDING, Parts
+from engine_core.model.step_inputs import StepInputs
 from kernels.cpu_attention import cut_tiles, max_tiles, scratch_bytes, tile_tokens
 from kernels.cpu_forward import LAYER, LOGITS, STEP, forward_task, logits_task
 from kernels.cpu_linear import MAX_TILE_ROWS, SCRATCH_BYTES, choose_block_rows

@@ -11,41 +11,17 @@ size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine_core.model.attention import PagedAttention
 from engine_core.model.config import ModelConfig
 from engine_core.model.linear import Linear, TorchLinear
 from engine_core.model.parts import EMBEDDING, Parts
+from engine_core.model.step_inputs import StepInputs
 from kernels import ops
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepInputs:
-    """One step's tensors, all on the model's device."""
-
-    token_ids: Tensor
-    """[T] int64."""
-    positions: Tensor
-    """[T] int64."""
-    slot_mapping: Tensor
-    """[T] int64: where in the cache each token's key and value go."""
-    block_tables: Tensor
-    """[R, blocks] int32."""
-    context_lens: Tensor
-    """[R] int32, the step's tokens included."""
-    num_decode_rows: int
-    """Rows of one token each, which come first."""
-    prefill_start_loc: Tensor
-    """[R - num_decode_rows + 1] int32: first token of each further row, counted from theirs."""
-    max_prefill_len: int
-    """Most tokens of a further row; 0 when there is none."""
-    wanted_tokens: Tensor | None
-    """[S] int64: tokens whose final states are wanted; None for all."""
 
 
 class Decoder:
@@ -60,10 +36,13 @@ class Decoder:
         self._norm = parts.tensors["model.norm.weight"]
         self._lm_head = _torch_linear(parts.linears["lm_head"])
         self._cos_sin = cos_sin
+        self._attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_size)
 
     def with_parts(self, parts: Parts) -> Self:
         """The same model with some other parts; takes some microseconds a layer."""
-        return type(self)(self.config, self.parts.with_parts(parts), self._cos_sin)
+        other = type(self)(self.config, self.parts.with_parts(parts), self._cos_sin)
+        other._attention = self._attention
+        return other
 
     def bind_thread(self) -> None:
         """Nothing to do: the GPU computes."""
@@ -74,11 +53,12 @@ class Decoder:
         """
         residual = F.embedding(step.token_ids, self._embedding)  # [T, H]
         eps = self.config.rms_norm_eps
+        self._attention.begin(step, kv_cache[0][0])
         x = ops.rms_norm(residual, self._layers[0].input_norm, eps)
         for index, layer in enumerate(self._layers):
             if index > 0:
                 x, residual = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            x = layer.attend(x, step, kv_cache[index], self._cos_sin)
+            x = layer.attend(x, step, kv_cache[index], self._cos_sin, self._attention)
             x, residual = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = layer.feed_forward(x)
         if step.wanted_tokens is not None:
@@ -97,7 +77,6 @@ class _Layer:
     def __init__(self, config: ModelConfig, parts: Parts, index: int) -> None:
         prefix = f"model.layers.{index}."
         self._config = config
-        self._scale = config.head_size**-0.5
         self._qkv = _torch_linear(parts.linears[f"{prefix}self_attn.qkv_proj"])
         self._output = _torch_linear(parts.linears[f"{prefix}self_attn.o_proj"])
         self._gate_up = _torch_linear(parts.linears[f"{prefix}mlp.gate_up_proj"])
@@ -108,49 +87,28 @@ class _Layer:
         self._key_norm = parts.tensors.get(f"{prefix}self_attn.k_norm.weight")
 
     def attend(
-        self, x: Tensor, step: StepInputs, cache: tuple[Tensor, Tensor], cos_sin: Tensor
+        self,
+        x: Tensor,
+        step: StepInputs,
+        cache: tuple[Tensor, Tensor],
+        cos_sin: Tensor,
+        attention: PagedAttention,
     ) -> Tensor:
         """Causal attention of [T, H] over the cached contexts; -> [T, H]."""
         config = self._config
         heads = self._qkv(x).view(x.shape[0], -1, config.head_size)  # [T, Hq + 2 Hkv, D]
-        query, key, value = torch.split(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        ops.rotate_and_cache(
+            heads,
+            step.positions,
+            cos_sin,
+            *cache,
+            step.slot_mapping,
+            self._query_norm,
+            self._key_norm,
+            config.rms_norm_eps,
         )
-        if self._query_norm is not None and self._key_norm is not None:
-            query = ops.rms_norm(query, self._query_norm, config.rms_norm_eps)
-            key = ops.rms_norm(key, self._key_norm, config.rms_norm_eps)
-        ops.rotary_embedding(query, key, step.positions, cos_sin)
-        key_cache, value_cache = cache
-        ops.write_kv_cache(key, value, key_cache, value_cache, step.slot_mapping)
-        return self._output(self._paged_attention(query, cache, step).flatten(1))
-
-    def _paged_attention(
-        self, query: Tensor, cache: tuple[Tensor, Tensor], step: StepInputs
-    ) -> Tensor:
-        """[T, Hq, D] -> [T, Hq, D]: rows of one token and longer ones each by their own kernel."""
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        split = step.num_decode_rows
-        if split > 0:
-            ops.paged_decode_attention(
-                query[:split],
-                *cache,
-                step.block_tables[:split],
-                step.context_lens[:split],
-                self._scale,
-                out=out[:split],
-            )
-        if step.max_prefill_len > 0:
-            ops.paged_prefill_attention(
-                query[split:],
-                *cache,
-                step.block_tables[split:],
-                step.context_lens[split:],
-                step.prefill_start_loc,
-                step.max_prefill_len,
-                self._scale,
-                out=out[split:],
-            )
-        return out
+        query = heads[:, : config.num_heads]
+        return self._output(attention(query, cache, step).flatten(1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

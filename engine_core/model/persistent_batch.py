@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_core.batch import Integers, StepBatch
-from engine_core.model.decoder import StepInputs
+from engine_core.model.step_inputs import StepInputs
+from engine_core.model.transfers import to_device
 from engine_core.prompt_logprobs import PromptSpan
 
 
@@ -140,7 +141,7 @@ class PersistentBatch:
         self._gathered.note_change(slot, start, end)
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)
 
 
 class _GatheredTables:

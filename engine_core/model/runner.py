@@ -19,11 +19,12 @@ from torch import Tensor
 
 from engine_core.batch import JoinedSequence, StepBatch, StepResult
 from engine_core.model.config import ModelConfig
-from engine_core.model.decoder import StepInputs
 from engine_core.model.parts import Parts, PartsForm
 from engine_core.model.persistent_batch import PersistentBatch
 from engine_core.model.sampler import Sampler
 from engine_core.model.sampling_ops import gather_logprobs
+from engine_core.model.step_inputs import StepInputs
+from engine_core.model.transfers import to_host
 from engine_core.model.updates import StagedParts, UpdateStager
 from engine_core.prompt_logprobs import OwedPromptLogprobs, PromptSpan, join_logprobs
 from engine_core.staging import StagedWeights
@@ -124,7 +125,7 @@ class TorchModelRunner:
         parts = []
         for some, tokens in chunks:
             gathered = gather_logprobs(self._model.logits(some), tokens, span.num_alternatives)
-            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
+            ids, logprobs, ranks = to_host(gathered)
             parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
         return join_logprobs(parts)
 

@@ -13,11 +13,12 @@ Invariants
 - Log-probabilities are those of the model: before temperature, penalties and every mask.
 - A row whose largest logit is no finite number (NaN and infinities are) gets NO_TOKEN; a token made
   up for it would look like any other.
+- A step waits for its device once: where it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine_core.batch import Integers, JoinedSequence
-from engine_core.model.choosers import RowParameters, make_chooser
-from engine_core.model.sampling_ops import apply_penalties, gather_logprobs
+from engine_core.model.choosers import RowParameters, SlotParameters, make_chooser
+from engine_core.model.sampling_ops import gather_logprobs
+from engine_core.model.transfers import to_device, to_host
 from ipc.output import LogprobsLists
 from ipc.request import SamplingParams
+from kernels import ops
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature the likeliest token is taken."""
@@ -59,22 +62,34 @@ class _LogitEdits:
         if self.forbidden is not None:
             logits.masked_fill_(self.forbidden, -torch.inf)
         if position < self.min_position:
-            logits[self.held_back_ids] = -torch.inf
-        logits[self.biased_ids] += self.biases
+            logits.index_fill_(0, self.held_back_ids, -torch.inf)
+        logits.index_add_(0, self.biased_ids, self.biases)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reporting:
+    """Rows that want as many log-probabilities. They are looked at together, for where logits are
+    equal, those that are told may depend on how many are asked for."""
+
+    rows: Tensor
+    slots: Integers
+    num_alternatives: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the rows of a batch use."""
+    """What the rows of a batch use. All its tensors are on the device."""
 
     slots: Integers
-    reporting: Integers
-    """Rows that want log-probabilities."""
+    device_slots: Tensor
+    parameters: RowParameters
+    is_greedy: bool
+    """All rows are."""
     edits: list[tuple[int, _LogitEdits]]
     """(row, its edits)"""
-    penalised: Integers
-    parameters: RowParameters | None
-    """None if all rows are greedy."""
+    reporting: list[_Reporting]
+    penalized: Tensor | None
+    """Rows [P], if there are any."""
 
 
 class Sampler:
@@ -86,18 +101,11 @@ class Sampler:
         self._device = device
         self._seed_generator = np.random.default_rng(seed)
         self._chooser = make_chooser(vocab_size, device)
-        self._parameters = RowParameters(
-            temperature=np.zeros(max_num_seqs, np.float32),
-            min_p=np.zeros(max_num_seqs, np.float32),
-            top_k=np.zeros(max_num_seqs, np.int64),
-            top_p=np.ones(max_num_seqs, np.float32),
-            seeds=np.zeros(max_num_seqs, np.uint64),
-        )
+        self._parameters = SlotParameters(max_num_seqs)
         self._num_logprobs = np.full(max_num_seqs, _NO_LOGPROBS, np.int64)
         self._edits: dict[int, _LogitEdits] = {}
-        self._penalties = np.zeros((max_num_seqs, 3), np.float32)  # presence, frequency, repetition
-        self._is_penalised = np.zeros(max_num_seqs, bool)
-        # [slots, V] each, allocated when the first penalised sequence joins.
+        self._is_penalized = np.zeros(max_num_seqs, bool)
+        # [slots, V] each, allocated when the first penalized sequence joins.
         self._output_counts: Tensor | None = None
         self._prompt_mask: Tensor | None = None
         self._plan: _Plan | None = None
@@ -126,10 +134,12 @@ class Sampler:
         if params.logit_bias or params.allowed_token_ids is not None or params.min_tokens > 0:
             self._edits[slot] = self._make_edits(params, sequence.num_prompt_tokens)
         repetition = min(max(params.repetition_penalty, _LEAST), _MOST)
+        by_slot.presence[slot] = params.presence_penalty
+        by_slot.frequency[slot] = params.frequency_penalty
+        by_slot.repetition[slot] = repetition
         penalties = (params.presence_penalty, params.frequency_penalty, repetition)
-        self._penalties[slot] = penalties
-        self._is_penalised[slot] = penalties != (0.0, 0.0, 1.0)
-        if self._is_penalised[slot]:
+        self._is_penalized[slot] = penalties != (0.0, 0.0, 1.0)
+        if self._is_penalized[slot]:
             self._count_tokens(sequence)
 
     def _make_edits(self, params: SamplingParams, num_prompt_tokens: int) -> _LogitEdits:
@@ -144,7 +154,7 @@ class Sampler:
             forbidden[self._ids(params.allowed_token_ids)] = False
         return _LogitEdits(
             biased_ids=self._ids(bias),
-            biases=torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device),
+            biases=self._tensor(np.array(list(bias.values()), np.float32)),
             forbidden=forbidden,
             held_back_ids=self._ids(params.all_stop_token_ids),
             min_position=num_prompt_tokens + params.min_tokens,
@@ -152,7 +162,7 @@ class Sampler:
 
     def _count_tokens(self, sequence: JoinedSequence) -> None:
         if self._output_counts is None or self._prompt_mask is None:
-            shape = (len(self._is_penalised), self._vocab_size)
+            shape = (len(self._is_penalized), self._vocab_size)
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
             self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self._device)
         prompt = sequence.token_ids[: sequence.num_prompt_tokens]
@@ -177,77 +187,83 @@ class Sampler:
         plan = self._plan
         if plan is None or not np.array_equal(plan.slots, slots):
             plan = self._plan = self._make_plan(slots)
-        reporting, penalised = plan.reporting, plan.penalised
-        raw = logits[self._tensor(reporting)] if len(reporting) else None
+        raw = [logits[reporting.rows] for reporting in plan.reporting]
         for row, edits in plan.edits:
             edits.apply(logits[row], int(positions[row]))
-        if len(penalised):
-            logits[self._tensor(penalised)] = self._penalise(logits, penalised, slots[penalised])
-        if plan.parameters is None:
+        self._penalize(logits, plan)
+        if plan.is_greedy:
             tokens = self._chooser.likeliest(logits)
         else:
-            tokens = self._chooser.choose(logits, plan.parameters, positions)
-        if len(penalised) and self._output_counts is not None:
-            chosen = (self._tensor(slots[penalised]), self._tensor(tokens[penalised]))
-            self._output_counts[chosen] += 1
-        logprobs = {}
-        if raw is not None:
-            logprobs = self._report(raw, tokens[reporting], slots[reporting])
-        return tokens, logprobs
+            tokens = self._chooser.choose(logits, plan.parameters, self._tensor(positions))
+        self._count(tokens, plan)
+        return self._report(raw, tokens, plan)
 
     def _make_plan(self, slots: Integers) -> _Plan:
-        parameters = self._parameters.of(slots)
         rows = enumerate(slots.tolist()) if self._edits else ()
+        penalized = np.flatnonzero(self._is_penalized[slots])
         return _Plan(
             slots=slots,
-            reporting=np.flatnonzero(self._num_logprobs[slots] != _NO_LOGPROBS),
+            device_slots=self._tensor(slots),
+            parameters=self._parameters.of(slots, self._device),
+            is_greedy=not self._parameters.temperature[slots].any(),
             edits=[(row, self._edits[slot]) for row, slot in rows if slot in self._edits],
-            penalised=np.flatnonzero(self._is_penalised[slots]),
-            parameters=parameters if parameters.temperature.any() else None,
+            reporting=list(self._plan_reports(slots)),
+            penalized=self._tensor(penalized) if len(penalized) else None,
         )
 
-    def _penalise(self, logits: Tensor, rows: Integers, slots: Integers) -> Tensor:
+    def _plan_reports(self, slots: Integers) -> Iterator[_Reporting]:
+        counts = self._num_logprobs[slots]
+        for count in np.unique(counts[counts != _NO_LOGPROBS]).tolist():
+            rows = np.flatnonzero(counts == count)
+            yield _Reporting(self._tensor(rows), slots[rows], count)
+
+    def _penalize(self, logits: Tensor, plan: _Plan) -> None:
+        if plan.penalized is None:
+            return
         assert self._output_counts is not None
         assert self._prompt_mask is not None
-        at = self._tensor(slots)
-        presence, frequency, repetition = self._tensor(self._penalties[slots].T.copy())
-        return apply_penalties(
-            logits[self._tensor(rows)],
-            self._output_counts[at],
-            self._prompt_mask[at],
-            presence=presence,
-            frequency=frequency,
-            repetition=repetition,
+        ops.penalize(
+            logits,
+            plan.penalized,
+            plan.device_slots,
+            self._output_counts,
+            self._prompt_mask,
+            plan.parameters.presence,
+            plan.parameters.frequency,
+            plan.parameters.repetition,
         )
 
-    def _report(
-        self, logits: Tensor, token_ids: Integers, slots: Integers
-    ) -> dict[int, LogprobsLists]:
-        """The log-probabilities of each row, with as many alternatives as its sequence asked for.
+    def _count(self, tokens: Tensor, plan: _Plan) -> None:
+        """Penalties are to know of the tokens. (A row without one is told of to nobody.)"""
+        if plan.penalized is None:
+            return
+        assert self._output_counts is not None
+        rows = plan.penalized
+        self._output_counts[plan.device_slots[rows], tokens[rows].clamp(min=0)] += 1
 
-        Rows that ask for the same number are looked at together, for where logits are equal, those
-        that are told may depend on how many are asked for.
-        """
-        token_ids = np.maximum(token_ids, 0)  # a row without a token is told of by nobody
-        reports, counts = {}, self._num_logprobs[slots]
-        for count in np.unique(counts).tolist():
-            rows = np.flatnonzero(counts == count)
-            gathered = gather_logprobs(
-                logits[self._tensor(rows)], self._tensor(token_ids[rows]), count
-            )
-            ids, logprobs, ranks = (tensor.cpu().numpy() for tensor in gathered)
-            ids = ids.astype(np.int32)
-            for index, slot in enumerate(slots[rows].tolist()):
+    def _report(
+        self, raw: list[Tensor], tokens: Tensor, plan: _Plan
+    ) -> tuple[Integers, dict[int, LogprobsLists]]:
+        """The tokens, and by slot the log-probabilities, on the host."""
+        tensors = [tokens]
+        for logits, reporting in zip(raw, plan.reporting, strict=True):
+            of_rows = tokens[reporting.rows].clamp(min=0)
+            tensors += gather_logprobs(logits, of_rows, reporting.num_alternatives)
+        arrays = iter(to_host(tensors))
+        token_ids, reports = next(arrays), {}
+        for reporting in plan.reporting:
+            ids, logprobs, ranks = next(arrays).astype(np.int32), next(arrays), next(arrays)
+            for index, slot in enumerate(reporting.slots.tolist()):
                 at = slice(index, index + 1)
                 reports[slot] = LogprobsLists(ids[at], logprobs[at], ranks[at])
-        return reports
+        return token_ids, reports
 
     # -- tensors ---------------------------------------------------------------------------------
 
     def _ids(self, token_ids: Iterable[int]) -> Tensor:
         """Token ids as an index; ids outside the vocabulary, which have no logit, are left out."""
         inside = [token_id for token_id in token_ids if token_id < self._vocab_size]
-        return torch.tensor(inside, dtype=torch.int64, device=self._device)
+        return self._tensor(np.array(inside, np.int64))
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return to_device(array, self._device)

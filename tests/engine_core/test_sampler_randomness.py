@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from engine_core.batch import JoinedSequence
 from engine_core.model.sampler import Sampler
-from engine_core.model.sampling_ops import pick_tokens, uniform_draws
+from engine_core.model.sampling_ops import uniform_draws
 from ipc.request import SamplingParams
+from kernels import cpu_sampling
 from tests.support.slow_sampler import chi_square_limit
 
 CPU = torch.device("cpu")
@@ -96,10 +97,13 @@ def test_sequences_without_a_seed_differ_but_repeat_with_the_engines_seed() -> N
 
 @pytest.mark.parametrize("uniform", [0.0, 0.25, 0.5, 1 - 2**-53])
 def test_a_token_of_weight_zero_is_never_picked(uniform: float) -> None:
-    weights = torch.zeros(3, 1000)
-    weights[0, 500] = 1e-30
-    weights[1, 3] = weights[1, 996] = 0.7
-    weights[2, 10:20] = torch.rand(10, generator=torch.Generator().manual_seed(0))
-    tokens = pick_tokens(weights, torch.full((3,), uniform, dtype=torch.float64))
-    assert (weights.gather(1, tokens[:, None]) > 0).all()
+    logits = np.full((3, 1000), -np.inf, np.float32)
+    logits[0, 500] = -70.0
+    logits[1, [3, 996]] = 0.7
+    logits[2, 10:20] = np.random.default_rng(0).random(10)
+    ones, tokens = np.ones(3, np.float32), np.empty(3, np.int64)
+    limits = (ones, 0 * ones, np.full(3, 1000), ones)  # temperature, min-p, top-k, top-p
+    scratch = np.empty((3, 1000), np.float32)
+    cpu_sampling.choose_tokens(logits, *limits, np.full(3, uniform), scratch, tokens)
+    assert np.isfinite(logits[np.arange(3), tokens]).all()
     assert tokens[1] == (3 if uniform < 0.5 else 996)

@@ -1,7 +1,8 @@
 """Made-up batches over a paged cache, booby-trapped: whatever must not be read is NaN.
 
 Pages are in random order. NaN fills every page that no row owns, every slot past a row's length,
-and the page that block-table entries past a row's length point to.
+and the page that block-table entries past a row's length point to. With a window, the same holds
+for what lies before it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ PAIRWISE_SHAPES = [
     Shape(1, 3, 96, 64),
     Shape(2, 2, 128, 16),
     Shape(5, 1, 128, 128),
+    Shape(3, 1, 192, 16),
     Shape(4, 1, 256, 32),
 ]
 """Groups 1 to 16, head sizes that are and are not powers of two, every page size: each with several
@@ -75,6 +77,7 @@ def paged_batch(
     context_lens: Sequence[int],
     query_lens: Sequence[int] | None = None,
     *,
+    window: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -91,12 +94,13 @@ def paged_batch(
     value_cache = torch.full(cache_shape, torch.nan, dtype=dtype)
     block_tables = torch.full((len(context_lens), max(blocks_of_row) + 1), trap, dtype=torch.int32)
     for row, length in enumerate(context_lens):
-        for index in range(blocks_of_row[row]):
+        seen = first_seen(length, query_lens[row], window)
+        for index in range(seen // shape.block_size, blocks_of_row[row]):
             block = order.pop()
             block_tables[row, index] = block
             filled = min(shape.block_size, length - index * shape.block_size)
             for cache in (key_cache, value_cache):
-                part = cache[block, :, :filled]
+                part = cache[block, :, max(0, seen - index * shape.block_size) : filled]
                 part.copy_(torch.randn(part.shape, generator=generator))
     num_tokens = sum(query_lens)
     width = shape.num_heads * shape.head_size
@@ -114,16 +118,48 @@ def paged_batch(
     )
 
 
+def first_seen(length: int, num_queries: int, window: int) -> int:
+    """The first key that any of a row's queries sees; without queries, none but the last would."""
+    return max(0, length - max(1, num_queries) + 1 - window) if window else 0
+
+
+def attention_in_float64(batch: PagedBatch, window: int = 0) -> Tensor:
+    """What attention over a batch should be: [T, Hq, D] float64, from the definition."""
+    num_heads = batch.query.shape[1]
+    num_kv_heads, block_size = batch.key_cache.shape[1:3]
+    out = torch.zeros(batch.query.shape, dtype=torch.float64, device=batch.query.device)
+    bounds = batch.query_start_loc.tolist()
+    for row, length in enumerate(batch.context_lens.tolist()):
+        start, end = bounds[row], bounds[row + 1]
+        if length == 0 or start == end:
+            continue
+        seen = torch.arange(first_seen(length, end - start, window), length, device=out.device)
+        blocks = batch.block_tables[row, seen // block_size].long()
+        keys, values = (
+            cache[blocks, :, seen % block_size]
+            .double()
+            .repeat_interleave(num_heads // num_kv_heads, dim=1)  # [L, Hq, D]
+            for cache in (batch.key_cache, batch.value_cache)
+        )
+        scores = torch.einsum("nhd,lhd->hnl", batch.query[start:end].double(), keys) * batch.scale
+        own = torch.arange(length - (end - start), length, device=out.device)[:, None]
+        hidden = (seen > own) | (seen <= own - window if window else seen < 0)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        out[start:end] = torch.einsum("hnl,lhd->nhd", weights, values)
+    return out
+
+
 def poisoned_like(query: Tensor) -> Tensor:
     """An `out` for attention in which an element that is not written stays NaN."""
     return torch.full(query.shape, torch.nan, dtype=query.dtype, device=query.device)
 
 
 def assert_agrees(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to what another order of sums may change in the tensors' dtype."""
+    """Equal up to what rounding, and another order of sums, may change in the dtype of `actual`."""
     rtol, atol = {
         torch.float32: (1e-5, 3e-6),
         torch.float16: (4e-3, 2e-3),
         torch.bfloat16: (2e-2, 1e-2),
-    }[expected.dtype]
+    }[actual.dtype]
+    expected = expected.to(actual.dtype)
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)

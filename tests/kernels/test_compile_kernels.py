@@ -6,15 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kernels.triton_attention import attention_settings
-from kernels.triton_runtime import Settings
-from scripts.compile_kernels import KERNELS, SAMPLE, Build, builds, compile_one
+from kernels.shapes import AttentionShape
+from kernels.triton_plan import decode_settings, prefill_settings
+from kernels.triton_runtime import H200, Settings
+from kernels.triton_tuning import decode_tuning, prefill_tuning
+from scripts.compile_kernels import KERNELS, Build, builds, compile_one
+from scripts.kernel_bench.generated_code import GeneratedCode
+from scripts.kernel_bench.models import SAMPLE
 
 ROOT = Path(__file__).parents[2]
+LLAMA = AttentionShape(32, 8, 128, 16, 2)
 
 
 @pytest.mark.timeout(300)
@@ -46,11 +52,24 @@ def test_a_kernel_that_does_not_compile_is_reported_not_raised() -> None:
 
 
 def test_a_kernel_that_needs_more_shared_memory_than_the_target_has_is_an_error() -> None:
-    settings = attention_settings(128, 4, 16, 2, num_query_tokens=512)
-    constants = {**settings.constants, "TILE": 256}
-    report = compile_one(Build("prefill", "", "bf16", 80, Settings(constants, 8, num_stages=4)))
+    tuning = replace(prefill_tuning(LLAMA, H200, 512), tile=128, num_stages=4)
+    settings = prefill_settings(LLAMA, tuning, has_window=False)
+    report = compile_one(Build("prefill", "", "bf16", 80, settings))
     assert report.error is not None
     assert "shared memory" in report.error
+
+
+def test_a_kernel_without_tensor_cores_or_wide_loads_is_an_error() -> None:
+    exact = replace(LLAMA, element_bytes=4)
+    settings = decode_settings(exact, decode_tuning(exact), has_window=False)
+    report = compile_one(Build("decode", "", "fp32", 90, settings, multiplies=True))
+    assert report.error is not None
+    assert "no matrix instruction" in report.error
+    narrow = "mma.sync.aligned.m16n8k16 cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x8;"
+    assert GeneratedCode.of(narrow).faults() == [
+        "has asynchronous loads of [8] bytes, not of 16 alone"
+    ]
+    assert GeneratedCode.of("wgmma.mma_async.sync").faults() == ["has no asynchronous loads"]
 
 
 def test_interpreting_and_compiling_do_not_mix() -> None:

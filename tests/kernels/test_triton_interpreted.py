@@ -11,15 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
-CHECKS = Path(__file__).parent / "triton_checks.py"
-ROOT = CHECKS.parents[2]
-PARTS = ["decode", "prefill", "pointwise"]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PARTS = {
+    "decode": ("triton_attention_checks.py", "-k", "test_decode"),
+    "prefill": ("triton_attention_checks.py", "-k", "test_prefill"),
+    "plan": ("triton_plan_checks.py",),
+    "layer": ("triton_layer_checks.py",),
+    "sampling": ("triton_sampling_checks.py",),
+}
+SAMPLER = (
+    "mixtures or not_finite or forgets or logprobs or penalties or waits or outside or held_back"
+)
 
 
-def run_checks(part: str, *, interpreted: bool) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
+def run(file: str, *selection: str, interpreted: bool) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, str(CHECKS)],
+        [*command, *selection, str(HERE / file)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1" if interpreted else "0"},
         capture_output=True,
@@ -31,9 +40,14 @@ def run_checks(part: str, *, interpreted: bool) -> None:
 
 
 @pytest.mark.timeout(180)
+def test_the_sampler_with_interpreted_kernels_passes_its_own_tests() -> None:
+    run("../engine_core/test_sampler.py", "-k", SAMPLER, interpreted=True)
+
+
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=True)
+    run(*PARTS[part], interpreted=True)
 
 
 @pytest.mark.gpu
@@ -41,4 +55,4 @@ def test_interpreted_kernels_agree_with_the_reference(part: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("part", PARTS)
 def test_compiled_kernels_agree_with_the_reference(part: str) -> None:
-    run_checks(part, interpreted=False)
+    run(*PARTS[part], interpreted=False)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine_core.batch import JoinedSequence, StepBatch
 from engine_core.model.config import ModelConfig
-from engine_core.model.decoder import StepInputs
 from engine_core.model.persistent_batch import PersistentBatch
+from engine_core.model.step_inputs import StepInputs
 from ipc.request import SamplingParams
 
 Caches = list[tuple[Tensor, Tensor]]
