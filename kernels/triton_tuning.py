@@ -74,6 +74,8 @@ _PREFILL_AMPERE = {
 }
 """Before Hopper, multiplications take their operands from registers: less is left for tiles. The
 part of a head that is 16 wide needs tiles of 128, so that each of 256 threads loads 16 bytes."""
+_FEW_ROWS = (16, 64)
+"""Tiles for a few query tokens. Each is a kernel to compile, so there aren't more."""
 _PREFILL_EXACT = {256: (32, 16, 2)}
 
 
@@ -90,7 +92,8 @@ def prefill_tuning(shape: AttentionShape, gpu: Gpu, max_query_len: int) -> Tunin
     if shape.element_bytes == 4:
         table = _PREFILL_EXACT
     most_rows, tile, num_stages = _row(table, shape)
-    block_m = min(most_rows, padded(max_query_len * shape.group))
+    rows = max_query_len * shape.group
+    block_m = min(most_rows, next((few for few in _FEW_ROWS if rows <= few), most_rows))
     while num_stages > 2 and _shared_bytes(shape, block_m, tile, num_stages) > gpu.shared_bytes:
         num_stages -= 1
     num_warps, programs = (4, 2) if block_m == 16 else (8, 1)
