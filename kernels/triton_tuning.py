@@ -80,14 +80,15 @@ _PREFILL_EXACT = {256: (32, 16, 2)}
 
 
 def decode_tuning(shape: AttentionShape) -> Tuning:
-    """For one query token a row. All of it fits every GPU since the A100."""
+    """For one query token a row. All of it fits every GPU since the A100. Raises ValueError for a
+    head size that is not in the table."""
     table = _DECODE_EXACT if shape.element_bytes == 4 else _DECODE
     tile, num_warps, num_stages = _row(table, shape)
     return Tuning(padded(shape.group), tile, num_warps, num_stages, 2, min_keys=256)
 
 
 def prefill_tuning(shape: AttentionShape, gpu: Gpu, max_query_len: int) -> Tuning:
-    """For rows of up to `max_query_len` query tokens."""
+    """For rows of up to `max_query_len` query tokens. Raises ValueError likewise."""
     table = _PREFILL if gpu.capability >= 90 else _PREFILL_AMPERE
     if shape.element_bytes == 4:
         table = _PREFILL_EXACT
@@ -101,7 +102,10 @@ def prefill_tuning(shape: AttentionShape, gpu: Gpu, max_query_len: int) -> Tunin
 
 
 def _row(table: Mapping[int, tuple[int, int, int]], shape: AttentionShape) -> tuple[int, int, int]:
-    return next(row for most, row in table.items() if shape.head_size <= most)
+    for most, row in table.items():
+        if 16 <= shape.head_size <= most:  # a matrix product needs 16
+            return row
+    raise ValueError(f"head size {shape.head_size} is not supported on a GPU: use 16 to 256")
 
 
 def _shared_bytes(shape: AttentionShape, block_m: int, tile: int, num_stages: int) -> int:
