@@ -13,7 +13,7 @@ their entries in the block table.
 
 All tiles go through one loop, also the last, ragged one. In a loop of its own, its loads would not
 be in flight before it begins: a microsecond for each program, while the comparison with the
-length costs a full tile 6 % of its instructions, in a kernel that waits for memory.
+length costs a full tile 4 to 8 % of its instructions, in a kernel that waits for memory.
 
 What bounds it: reading the cache, 2 * keys * Hkv * D * element bytes a row; the work is
 4 * keys * Hq * D FLOP, that is G FLOP a byte in 16 bits, far below a GPU's balance

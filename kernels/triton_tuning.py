@@ -74,23 +74,27 @@ _PREFILL_AMPERE = {
 }
 """Before Hopper, multiplications take their operands from registers: less is left for tiles. The
 part of a head that is 16 wide needs tiles of 128, so that each of 256 threads loads 16 bytes."""
+_FEW_ROWS = (16, 64)
+"""Tiles for a few query tokens. Each is a kernel to compile, so there aren't more."""
 _PREFILL_EXACT = {256: (32, 16, 2)}
 
 
 def decode_tuning(shape: AttentionShape) -> Tuning:
-    """For one query token a row. All of it fits every GPU since the A100."""
+    """For one query token a row. All of it fits every GPU since the A100. Raises ValueError for a
+    head size that is not in the table."""
     table = _DECODE_EXACT if shape.element_bytes == 4 else _DECODE
     tile, num_warps, num_stages = _row(table, shape)
     return Tuning(padded(shape.group), tile, num_warps, num_stages, 2, min_keys=256)
 
 
 def prefill_tuning(shape: AttentionShape, gpu: Gpu, max_query_len: int) -> Tuning:
-    """For rows of up to `max_query_len` query tokens."""
+    """For rows of up to `max_query_len` query tokens. Raises ValueError likewise."""
     table = _PREFILL if gpu.capability >= 90 else _PREFILL_AMPERE
     if shape.element_bytes == 4:
         table = _PREFILL_EXACT
     most_rows, tile, num_stages = _row(table, shape)
-    block_m = min(most_rows, padded(max_query_len * shape.group))
+    rows = max_query_len * shape.group
+    block_m = min(most_rows, next((few for few in _FEW_ROWS if rows <= few), most_rows))
     while num_stages > 2 and _shared_bytes(shape, block_m, tile, num_stages) > gpu.shared_bytes:
         num_stages -= 1
     num_warps, programs = (4, 2) if block_m == 16 else (8, 1)
@@ -98,7 +102,10 @@ def prefill_tuning(shape: AttentionShape, gpu: Gpu, max_query_len: int) -> Tunin
 
 
 def _row(table: Mapping[int, tuple[int, int, int]], shape: AttentionShape) -> tuple[int, int, int]:
-    return next(row for most, row in table.items() if shape.head_size <= most)
+    for most, row in table.items():
+        if 16 <= shape.head_size <= most:  # a matrix product needs 16
+            return row
+    raise ValueError(f"head size {shape.head_size} is not supported on a GPU: use 16 to 256")
 
 
 def _shared_bytes(shape: AttentionShape, block_m: int, tile: int, num_stages: int) -> int:

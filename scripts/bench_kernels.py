@@ -43,10 +43,10 @@ from scripts.kernel_bench.rivals import RIVALS
 from scripts.kernel_bench.roofs import Roofs, measure_roofs
 
 PARTS = ("roofs", "decode", "prefill", "layer")
-PREDICTED_MEMORY_BYTES = 56 * 2**30
-"""Two fifths of an H200's memory, as a run there would take."""
-MEMORY_SHARE = 0.4
-"""Of the free memory, for pages; the rivals' gathered copies take as much again."""
+MEMORY_SHARE = 0.3
+"""Of the free memory, for pages; gathering them for rivals takes up to twice as much again."""
+PREDICTED_MEMORY_BYTES = int(MEMORY_SHARE * 139 * 2**30)
+"""As on an H200."""
 
 
 def main(arguments: list[str] | None = None) -> int:

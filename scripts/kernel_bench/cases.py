@@ -56,8 +56,8 @@ class Case:
 
     @property
     def num_copies(self) -> int:
-        """As many as make the caches cold, and some launches for a graph to overlap their ends."""
-        return max(4, -(-COLD_BYTES // self.kv_bytes))
+        """As many as make the caches cold, and another for the graph to go on with."""
+        return max(2, -(-COLD_BYTES // self.kv_bytes))
 
     def __str__(self) -> str:
         queries = "" if self.is_decode else f", {self.num_queries} queries each"

@@ -124,6 +124,17 @@ def test_plan_of_a_step_serves_both_kinds_of_rows(monkeypatch: pytest.MonkeyPatc
         assert_agrees(out, attention_in_float64(batch))
 
 
+def test_plan_for_another_window_or_an_odd_head_is_refused() -> None:
+    batch = paged_batch(SMALL, [40], device=str(DEVICE))
+    plan = DecodePlan(attention_shape(SMALL, torch.float32), DEVICE, window=8)
+    plan.update(batch.context_lens, 40)
+    with pytest.raises(AssertionError, match="a plan for window 8, used for 0"):
+        triton_kernels.paged_decode_attention(*batch.decode_arguments(), plan=plan)
+    for head_size in (8, 320):
+        with pytest.raises(ValueError, match=f"head size {head_size} is not supported"):
+            DecodePlan(AttentionShape(2, 1, head_size, 16, 2), DEVICE)
+
+
 def test_plan_splits_fill_the_gpu_and_leave_full_batches_alone() -> None:
     splitting = Splitting.to_fill(264, num_kv_heads=8, min_keys=256)
     assert splitting.splits([1024]) == [4]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kernels.shapes import AttentionShape, decode_cost, prefill_cost
+from scripts.bench_kernels import PREDICTED_MEMORY_BYTES
 from scripts.kernel_bench.cases import LLAMA, Case, decode_cases, prefill_cases
 from scripts.kernel_bench.layer import layer_cases
 from scripts.kernel_bench.predictions import MIB, goal_us, predict
@@ -81,7 +82,7 @@ def test_predictions_are_printed_as_predictions(tmp_path: Path) -> None:
     assert "nothing here was measured" in result.stdout
     predictions = json.loads(file.read_text())["predictions"]
     attention = [entry for entry in predictions if "case" in entry]
-    assert len(attention) == len(decode_cases(56 * 2**30)) + len(prefill_cases())
+    assert len(attention) == len(decode_cases(PREDICTED_MEMORY_BYTES)) + len(prefill_cases())
     assert all(entry["us"] > 4 for entry in attention)
     layer = [entry for entry in predictions if "kernel" in entry]
     assert len(layer) == len(predictions) - len(attention) == len(list(layer_cases()))
@@ -123,5 +124,5 @@ def test_goals_follow_the_bytes_of_keys_and_values() -> None:
 def test_predictions_grow_with_the_bytes_and_never_beat_the_memory() -> None:
     times = [predict(Case(batch, 4096)).us for batch in (1, 8, 64, 256)]
     assert times == sorted(times)
-    for case in decode_cases(56 * 2**30):
+    for case in decode_cases(PREDICTED_MEMORY_BYTES):
         assert case.cost.num_bytes / (predict(case).us * 1e-6) < 4.4e12
