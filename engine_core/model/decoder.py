@@ -27,8 +27,16 @@ from kernels import ops
 class Decoder:
     """A loaded model."""
 
-    def __init__(self, config: ModelConfig, parts: Parts, cos_sin: Tensor) -> None:
-        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        parts: Parts,
+        cos_sin: Tensor,
+        attention: PagedAttention | None = None,
+    ) -> None:
+        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`;
+        `attention`: that of a decoder that this one replaces.
+        """
         self.config = config
         self.parts = parts
         self._embedding = parts.tensors[EMBEDDING]
@@ -36,13 +44,14 @@ class Decoder:
         self._norm = parts.tensors["model.norm.weight"]
         self._lm_head = _torch_linear(parts.linears["lm_head"])
         self._cos_sin = cos_sin
-        self._attention = PagedAttention(config.num_heads, config.num_kv_heads, config.head_size)
+        self._attention = attention or PagedAttention(
+            config.num_heads, config.num_kv_heads, config.head_size
+        )
 
     def with_parts(self, parts: Parts) -> Self:
         """The same model with some other parts; takes some microseconds a layer."""
-        other = type(self)(self.config, self.parts.with_parts(parts), self._cos_sin)
-        other._attention = self._attention
-        return other
+        parts = self.parts.with_parts(parts)
+        return type(self)(self.config, parts, self._cos_sin, self._attention)
 
     def bind_thread(self) -> None:
         """Nothing to do: the GPU computes."""

@@ -39,7 +39,8 @@ from engine_core.model.weights import (
 )
 from ipc.engine_config import EngineConfig
 
-_WARM_UP_TOKENS = 64
+_WARM_UP_TOKENS = {"cpu": (64,), "cuda": (2, 8, 32, 128)}
+"""Lengths of prompts that meet every kernel of a device once: a GPU's attention is cut by them."""
 _NEWS_INTERVAL_S = 5.0
 """Between two lines about kernels that are being compiled."""
 
@@ -105,7 +106,8 @@ def load_runner(
         seed=config.seed,
         form=form,
     )
-    runner.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1))
+    for num_tokens in _WARM_UP_TOKENS[device.type]:
+        runner.warm_up(min(num_tokens, max_model_len - 1))
     resolved = ResolvedModel(
         max_model_len=max_model_len,
         dtype=dtype_name,
