@@ -43,7 +43,6 @@ from kernels.cpu_attention_step import (
     MOST_RUNS,
     Item,
     accumulate,
-    bring,
     item_bytes,
     lay_out,
     score,
@@ -144,22 +143,22 @@ def attend(
     while begin < length:
         next_end = min(_step_end(end, block_size), length)
         if end < length:
+            soon_keys = next_end - end
             num_soon = _find_runs(element, item, caches, place, end, next_end, soon)
-            bring(item, soon, num_soon, next_end - end)
         else:
-            num_keys = min(_step_end(0, block_size), _num_keys(next_tile))
-            num_soon = _find_runs(element, item, caches, next_place, 0, num_keys, soon)
-            bring(item, soon, num_soon, num_keys)
+            soon_keys = min(_step_end(0, block_size), _num_keys(next_tile))
+            num_soon = _find_runs(element, item, caches, next_place, 0, soon_keys, soon)
         for first in range(0, item.queries, GROUP_ROWS):
             rows = min(item.queries - first, GROUP_ROWS)
             num_keys = min(visible + (first + rows - 1) // group, end) - begin
             if num_keys <= 0:
                 continue
-            score(element, item, first, rows, num_keys, runs)
+            score(element, item, first, rows, num_keys, runs, (soon, num_soon, soon_keys))
             for row in range(rows):
                 m = first + row
                 weigh(element, item, row, m, min(visible + m // group, end) - begin)
-            accumulate(element, item, first, rows, num_keys, runs)
+            accumulate(element, item, first, rows, num_keys, runs, (soon, num_soon, soon_keys))
+            num_soon = 0  # for the other groups, the pages are there
         begin, end = end, next_end
         runs, soon = soon, runs
 

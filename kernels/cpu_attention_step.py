@@ -37,6 +37,10 @@ _multiply_queries = panel_multiplier(0)
 _multiply_weights = panel_multiplier(_ROW_BYTES)
 
 
+Soon = tuple[Any, int, int]
+"""A step whose keys and values will be needed next: its runs, how many, and how many keys."""
+
+
 class Item(NamedTuple):
     """One item's sizes, and addresses in the thread's scratch."""
 
@@ -122,11 +126,16 @@ def set_up(element: Any, item: Item, place: int, stride: int, scale: float) -> N
 
 
 @jit
-def score(element: Any, item: Item, first: int, rows: int, num_keys: int, runs: Any) -> None:
-    """A group's scores for the first `num_keys` keys of a step; garbage in the columns after."""
+def score(
+    element: Any, item: Item, first: int, rows: int, num_keys: int, runs: Any, soon: Soon
+) -> None:
+    """A group's scores for the first `num_keys` keys of a step; garbage in the columns after.
+    Meanwhile the first half of `soon` is brought into the cache.
+    """
     tile_rows = _ROWS_FOR[rows]
     scores = numba.carray(pointer(item.scores, np.float32(0)), (tile_rows, _SCORE_COLUMNS))
     scores[:] = 0
+    num_runs = (num_keys + item.block_size - 1) // item.block_size
     run = start = 0
     while start < num_keys:
         keys = runs[run, 0]
@@ -134,6 +143,7 @@ def score(element: Any, item: Item, first: int, rows: int, num_keys: int, runs: 
         if item.block_size == COLUMNS and num_keys - start > COLUMNS:
             panel_distance, together = runs[run + 1, 0] - keys, 2  # two pages as two panels
         run_keys = min(together * item.block_size, num_keys - start)
+        _bring(item, soon, run, run + together, 2 * num_runs)
         _multiply_queries(
             element,
             element,
@@ -185,14 +195,21 @@ def accumulate(
     rows: int,
     num_keys: int,
     runs: Any,
+    soon: Soon,
 ) -> None:
-    """Add a group's weighted values, those of the first `num_keys` keys of a step, to its sums."""
+    """Add a group's weighted values, those of the first `num_keys` keys of a step, to its sums.
+    Meanwhile the second half of `soon` is brought into the cache.
+    """
     p = numbers_per_step(element)
     step_bytes = item.head_size * STEP_BYTES
-    start = 0
+    num_runs = (num_keys + item.block_size - 1) // item.block_size
+    done = start = 0
     while start < num_keys:
         run = start // item.block_size
         offset = start - run * item.block_size
+        if run >= done:
+            _bring(item, soon, num_runs + run, num_runs + run + 1, 2 * num_runs)
+            done = run + 1
         steps = min(item.block_size - offset, num_keys - start) // p
         values = runs[run, 1] + offset // p * step_bytes
         if steps == 0:  # the second of two keys may be anything: take zeros instead
@@ -217,16 +234,18 @@ def accumulate(
 
 
 @jit
-def bring(item: Item, runs: Any, num_runs: int, num_keys: int) -> None:
-    """Bring the keys and values of a step into the cache."""
+def _bring(item: Item, soon: Soon, begin: int, end: int, parts: int) -> None:
+    """Bring some of so many parts of the keys and values of a step into the cache."""
+    runs, num_runs, num_keys = soon
     for run in range(num_runs):
         keys, values = runs[run]
         run_keys = min(item.block_size, num_keys - run * item.block_size)
-        for step in range(item.num_steps):
+        for step in range(item.num_steps * begin // parts, item.num_steps * end // parts):
             for offset in range(0, run_keys * STEP_BYTES, CACHE_LINE_BYTES):
                 prefetch(keys + step * item.block_size * STEP_BYTES + offset)
-        for offset in range(0, run_keys * item.num_steps * STEP_BYTES, CACHE_LINE_BYTES):
-            prefetch(values + offset)
+        num_lines = (run_keys * item.num_steps * STEP_BYTES - 1) // CACHE_LINE_BYTES + 1
+        for line in range(num_lines * begin // parts, num_lines * end // parts):
+            prefetch(values + line * CACHE_LINE_BYTES)
 
 
 @jit

@@ -26,6 +26,7 @@ from kernels.cpu_attention import attend
 from kernels.cpu_kv_cache import store_key, store_value
 from kernels.cpu_linear import project, project_gated
 from kernels.cpu_packing import store_packed
+from kernels.cpu_records import LAYER, LOGITS, STEP
 from kernels.cpu_runtime import (
     compile_task,
     jit,
@@ -37,90 +38,6 @@ from kernels.cpu_runtime import (
     zero_of,
 )
 from kernels.cpu_team import TASK_SIGNATURE, barrier, claim, num_members
-from kernels.cpu_weights import MATRIX
-
-LAYER = np.dtype(
-    [
-        ("input_norm", np.int64),
-        ("post_attention_norm", np.int64),
-        ("query_norm", np.int64),
-        ("key_norm", np.int64),
-        ("key_cache", np.int64),
-        ("value_cache", np.int64),
-        ("qkv", MATRIX),
-        ("output", MATRIX),
-        ("gate", MATRIX),
-        ("up", MATRIX),
-        ("down", MATRIX),
-    ],
-    align=True,
-)
-"""Addresses of a layer's parts; 0 for norms that the model lacks. Norms are [H] or [D]."""
-
-STEP = np.dtype(
-    [
-        # The model.
-        ("layers", np.int64),
-        ("num_layers", np.int64),
-        ("embedding", np.int64),
-        ("vocab_size", np.int64),
-        ("final_norm", np.int64),
-        ("cos_sin", np.int64),
-        ("num_positions", np.int64),
-        ("hidden_size", np.int64),
-        ("num_heads", np.int64),
-        ("num_kv_heads", np.int64),
-        ("head_size", np.int64),
-        ("block_size", np.int64),
-        ("eps", np.float32),
-        ("scale", np.float32),
-        # The step.
-        ("num_tokens", np.int64),
-        ("block_rows", np.int64),
-        ("token_ids", np.int64),
-        ("positions", np.int64),
-        ("slot_mapping", np.int64),
-        ("block_tables", np.int64),
-        ("tables_stride", np.int64),
-        ("tiles", np.int64),
-        ("num_tiles", np.int64),
-        ("wanted_tokens", np.int64),
-        ("num_wanted", np.int64),
-        ("states", np.int64),
-        # Room to work in.
-        ("residual", np.int64),
-        ("qkv", np.int64),
-        ("hidden", np.int64),
-        ("attended", np.int64),
-        ("activated", np.int64),
-        ("scratch", np.int64),
-        ("scratch_bytes", np.int64),
-    ],
-    align=True,
-)
-"""A step: addresses and sizes.
-
-token_ids, positions, slot_mapping [T] int64; block_tables [R, tables_stride] int32; tiles
-[num_tiles, 4] int64 of `kernels.cpu_attention.cut_tiles`; wanted_tokens [S] int64; states [S, H];
-residual [T, H] and qkv [T, (Hq + 2 Hkv) D] float32; hidden, attended and activated: packed rows of
-H, Hq D and the feed-forward block's size; scratch: `scratch_bytes` for each member.
-"""
-
-LOGITS = np.dtype(
-    [
-        ("lm_head", MATRIX),
-        ("states", np.int64),
-        ("hidden_size", np.int64),
-        ("num_rows", np.int64),
-        ("block_rows", np.int64),
-        ("hidden", np.int64),
-        ("logits", np.int64),
-        ("scratch", np.int64),
-        ("scratch_bytes", np.int64),
-    ],
-    align=True,
-)
-"""states [S, H] -> logits [S, V] float32; hidden: packed rows of H."""
 
 
 @jit

@@ -22,9 +22,10 @@ from engine_core.model.linear import Linear
 from engine_core.model.parts import EMBEDDING, Parts
 from engine_core.model.step_inputs import StepInputs
 from kernels.cpu_attention import cut_tiles, max_tiles, scratch_bytes, tile_tokens
-from kernels.cpu_forward import LAYER, LOGITS, STEP, forward_task, logits_task
+from kernels.cpu_forward import forward_task, logits_task
 from kernels.cpu_linear import MAX_TILE_ROWS, SCRATCH_BYTES, choose_block_rows
 from kernels.cpu_memory import zeros
+from kernels.cpu_records import LAYER, LOGITS, STEP
 from kernels.cpu_team import Team
 
 
@@ -155,7 +156,7 @@ class CpuDecoder:
 
 
 class _Rooms:
-    """Memory that steps work in; see `kernels.cpu_forward.STEP` for what is what."""
+    """Memory that steps work in; see `kernels.cpu_records.STEP` for what is what."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, num_threads: int) -> None:
         self.dtype = dtype

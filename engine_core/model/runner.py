@@ -70,8 +70,8 @@ class TorchModelRunner:
         keys, _ = kv_cache[0]
         self.num_blocks: int = keys.shape[0]
         self.vocab_size = model.config.vocab_size
-        self._model: Model = model
-        self._kv_cache = kv_cache
+        self.model: Model = model
+        self.kv_cache = kv_cache
         self._device = keys.device
         self._batch = PersistentBatch(max_num_seqs, max_model_len, keys.shape[2], keys.device)
         self._sampler = Sampler(max_num_seqs, self.vocab_size, keys.device, seed)
@@ -79,7 +79,7 @@ class TorchModelRunner:
         self._stager = UpdateStager(model.config, form)
 
     def bind_thread(self) -> None:
-        self._model.bind_thread()
+        self.model.bind_thread()
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -93,14 +93,14 @@ class TorchModelRunner:
         if not len(batch.slots):
             return StepResult()
         step = self._batch.prepare(batch, spans)
-        states = self._model.forward(step.inputs, self._kv_cache)
+        states = self.model.forward(step.inputs, self.kv_cache)
         slots, positions = step.sampled_slots, step.sampled_positions
         of_prompts = self._judge_prompts(states[len(slots) :], spans) if spans else {}
         if not len(slots):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             return StepResult(prompt_logprobs=of_prompts)
-        logits = self._model.logits(states[: len(slots)])
+        logits = self.model.logits(states[: len(slots)])
         token_ids, logprobs = self._sampler.sample(logits, slots, positions)
         self._batch.append_tokens(slots, positions, token_ids)
         return StepResult(token_ids, logprobs, of_prompts)
@@ -124,7 +124,7 @@ class TorchModelRunner:
         chunks = zip(torch.split(states, num_rows), torch.split(next_tokens, num_rows), strict=True)
         parts = []
         for some, tokens in chunks:
-            gathered = gather_logprobs(self._model.logits(some), tokens, span.num_alternatives)
+            gathered = gather_logprobs(self.model.logits(some), tokens, span.num_alternatives)
             ids, logprobs, ranks = to_host(gathered)
             parts.append(LogprobsLists(ids.astype(np.int32), logprobs, ranks))
         return join_logprobs(parts)
@@ -134,7 +134,7 @@ class TorchModelRunner:
 
         Kernels are compiled for the shapes they meet; better now than in someone's first request.
         """
-        block_size = self._kv_cache[0][0].shape[2]
+        block_size = self.kv_cache[0][0].shape[2]
         sequence = JoinedSequence(
             slot=0,
             token_ids=[0] * num_tokens,
@@ -155,17 +155,17 @@ class TorchModelRunner:
         before = earlier or StagedParts()
         assert isinstance(before, StagedParts), "weights that another runner staged"
         if self._device.type == "cpu":
-            return self._stager.stage(source, before, self._model.parts)
+            return self._stager.stage(source, before, self.model.parts)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            staged = self._stager.stage(source, before, self._model.parts)
+            staged = self._stager.stage(source, before, self.model.parts)
         stream.synchronize()
         return staged
 
     def commit(self, staged: StagedWeights) -> None:
         """Compute with staged weights from the next step on."""
         assert isinstance(staged, StagedParts), "weights that another runner staged"
-        self._model = self._model.with_parts(staged.parts)
+        self.model = self.model.with_parts(staged.parts)
 
     def join_group(self, group: WeightsGroup) -> None:
         """Become a member of a trainer's process group. Raises ValueError."""

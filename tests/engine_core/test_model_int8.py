@@ -60,7 +60,7 @@ def generate(runner: TorchModelRunner, num_prompts: int, num_outputs: int) -> li
 
 def logits_of(runner: TorchModelRunner, token_ids: list[list[int]]) -> Tensor:
     """Behind every token: [sequences * tokens, V]."""
-    model, length = runner._model, len(token_ids[0])
+    model, length = runner.model, len(token_ids[0])
     maker = StepMaker(token_ids, BLOCK_SIZE)
     caches = poisoned_cache(model.config, maker.num_blocks, BLOCK_SIZE, torch.bfloat16)
     steps = ([Chunk(slot, 1) for slot in range(len(token_ids))] for _ in range(length))
@@ -80,8 +80,8 @@ def test_logits_are_near_those_of_bfloat16_and_the_likeliest_token_mostly_the_sa
 
 
 def test_all_linear_layers_are_int8_and_take_half_the_memory() -> None:
-    for name, linear in bundled_runner("int8")._model.parts.linears.items():
-        other = bundled_runner(None)._model.parts.linears[name]
+    for name, linear in bundled_runner("int8").model.parts.linears.items():
+        other = bundled_runner(None).model.parts.linears[name]
         assert isinstance(linear, PackedLinear)
         assert isinstance(other, PackedLinear)
         assert linear.packed.numbers.dtype == torch.int8
@@ -123,10 +123,10 @@ def update(runner: TorchModelRunner, source: WeightSource) -> None:
 
 def assert_same_parts(runner: TorchModelRunner, fresh: TorchModelRunner) -> None:
     """To the bit; and so are logits."""
-    expected = fresh._model.parts
-    for name, tensor in runner._model.parts.tensors.items():
+    expected = fresh.model.parts
+    for name, tensor in runner.model.parts.tensors.items():
         assert torch.equal(tensor, expected.tensors[name]), name
-    for name, linear in runner._model.parts.linears.items():
+    for name, linear in runner.model.parts.linears.items():
         other = expected.linears[name]
         assert isinstance(linear, PackedLinear)
         assert isinstance(other, PackedLinear)

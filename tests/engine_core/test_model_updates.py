@@ -153,14 +153,14 @@ def test_nothing_changes_before_the_commit_and_untouched_parts_are_shared(
     models: Models, tmp_path: Path
 ) -> None:
     runner = make_runner(models.old)
-    before, parts = outputs_of(runner), runner._model.parts
+    before, parts = outputs_of(runner), runner.model.parts
     name = f"{LAYER}self_attn.k_proj.weight"
     staged = runner.stage(file_source(tmp_path / "k", {name: weights_of(models.new)[name]}), None)
     assert outputs_of(runner) == before
     assert list(staged.parts.linears) == [f"{LAYER}self_attn.qkv_proj"]
     assert staged.parts.tensors == {}
     runner.commit(staged)
-    changed = [n for n, part in runner._model.parts.linears.items() if part is not parts.linears[n]]
+    changed = [n for n, part in runner.model.parts.linears.items() if part is not parts.linears[n]]
     assert changed == [f"{LAYER}self_attn.qkv_proj"]
     assert outputs_of(runner) != before
 
@@ -170,7 +170,7 @@ def test_a_new_bias_leaves_the_weight_where_it_is(tmp_path: Path) -> None:
     runner = make_runner(models.old)
     name = f"{LAYER}mlp.down_proj.bias"
     staged = runner.stage(file_source(tmp_path / "b", {name: weights_of(models.new)[name]}), None)
-    old = runner._model.parts.linears[f"{LAYER}mlp.down_proj"]
+    old = runner.model.parts.linears[f"{LAYER}mlp.down_proj"]
     new = staged.parts.linears[f"{LAYER}mlp.down_proj"]
     assert isinstance(old, PackedLinear)
     assert isinstance(new, PackedLinear)

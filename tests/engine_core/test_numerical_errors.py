@@ -83,7 +83,7 @@ def test_L2_one_broken_row_of_a_model_ends_alone_and_leaves_no_trace(
             deterministic=deterministic,
         )
     )
-    embedding = runner._model.parts.tensors[EMBEDDING].clone()
+    embedding = runner.model.parts.tensors[EMBEDDING].clone()
     embedding[POISON] = torch.nan
     runner.commit(StagedParts(parts=Parts({EMBEDDING: embedding})))
     driver = CoreDriver(runner=runner, block_size=BLOCK_SIZE, max_model_len=48, max_num_seqs=4)

@@ -85,6 +85,23 @@ def test_a_start_is_ready_before_its_first_token_and_after_its_weights_are_read(
     assert figures["read the weights"] < ready < first_token
 
 
+def test_growing_contexts_and_batches_read_what_they_hold(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    numbers = ("--contexts", "32", "64", "--requests", "1", "3", "--steps", "1")
+    done = run_benchmark("bench_growth", "--json", str(file), *numbers)
+    assert done.returncode == 0, done.stderr
+    of_requests, of_contexts, of_prompts = json.loads(file.read_text())["curves"].values()
+    assert list(of_requests) == ["1", "3"]
+    assert list(of_contexts) == list(of_prompts) == ["32", "64"]
+    a_token = 4 * 2 * 4 * 32 * 2 / 1e9  # layers, keys and values, heads, head size, bytes
+    assert of_contexts["64"]["GB read"] - of_contexts["32"]["GB read"] == pytest.approx(
+        32 * a_token
+    )
+    grown = of_requests["3"]["GB read"] - of_requests["1"]["GB read"]
+    assert grown == pytest.approx(2 * 128 * a_token)
+    assert all(point["tokens/s"] > 0 for point in (*of_requests.values(), *of_prompts.values()))
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "complaint"),
     [
@@ -98,6 +115,7 @@ def test_a_start_is_ready_before_its_first_token_and_after_its_weights_are_read(
         ("bench_serve", ["--server", "sglang"], "unknown server 'sglang'"),
         ("bench_serve", ["--rate", "-1"], "above 0"),
         ("bench_startup", ["--model", "gpt"], "neither a model's directory nor one of"),
+        ("bench_growth", ["--requests", "0"], "at least 1"),
     ],
 )
 def test_an_error_of_use_is_told_in_a_line(name: str, flags: list[str], complaint: str) -> None:
