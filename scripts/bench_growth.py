@@ -52,7 +52,8 @@ class Stepper:
     """A loaded model, and steps over contexts that were never computed."""
 
     def __init__(self, directory: Path, contexts: Sequence[int], requests: Sequence[int]) -> None:
-        most_blocks = max(blocks_of(max(contexts)), max(requests) * blocks_of(CONTEXT_OF_MANY))
+        of_one = blocks_of(max(contexts) + CHUNK)
+        most_blocks = max(of_one, max(requests) * blocks_of(CONTEXT_OF_MANY + 1))
         config = EngineConfig(
             model=str(directory),
             device="cpu",
@@ -106,8 +107,8 @@ class Stepper:
 
 
 def blocks_of(num_tokens: int) -> int:
-    """Of the cache, for a sequence and some tokens more."""
-    return -(-(num_tokens + CHUNK) // BLOCK_SIZE)
+    """Of the cache, for a sequence of so many tokens and the one that is sampled next."""
+    return num_tokens // BLOCK_SIZE + 1
 
 
 def main() -> int:
