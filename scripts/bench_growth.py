@@ -52,14 +52,14 @@ class Stepper:
     """A loaded model, and steps over contexts that were never computed."""
 
     def __init__(self, directory: Path, contexts: Sequence[int], requests: Sequence[int]) -> None:
-        of_one = blocks_of(max(contexts) + CHUNK)
-        most_blocks = max(of_one, max(requests) * blocks_of(CONTEXT_OF_MANY + 1))
+        longest = max(*contexts, CONTEXT_OF_MANY) + CHUNK
+        of_many = max(requests) * blocks_of(CONTEXT_OF_MANY + 1)
         config = EngineConfig(
             model=str(directory),
             device="cpu",
-            max_model_len=max(contexts) + 2 * CHUNK,
+            max_model_len=longest + 1,
             max_num_seqs=max(requests),
-            num_gpu_blocks_override=most_blocks,
+            num_gpu_blocks_override=max(blocks_of(longest), of_many),
             block_size=BLOCK_SIZE,
         )
         self.runner: TorchModelRunner
