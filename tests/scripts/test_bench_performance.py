@@ -41,10 +41,10 @@ def figures_from(name: str, file: Path, *flags: str) -> dict[str, Any]:
 
 def test_the_throughput_of_two_engines_is_measured_on_the_same_prompts(tmp_path: Path) -> None:
     engines = ("--engine", "caesura", "--engine", "one=caesura --num-threads 1")
-    flags = ("--loads", "2:16:8", "1:48:1", "--rounds", "2", "--retry-s", "0")
+    flags = ("--loads", "2:16:128", "1:48:1", "--rounds", "2", "--retry-s", "0")
     runs = figures_from("bench_throughput", tmp_path / "figures.json", *engines, *flags)["runs"]
     order = [(run["load"], run["round"], run["engine"]) for run in runs]
-    loads = ("2 x 16+8", "1 x 48+1")
+    loads = ("2 x 16+128", "1 x 48+1")
     names = ("caesura", "one")
     assert order == [(load, number, name) for load in loads for number in (0, 1) for name in names]
     for run in runs:
