@@ -138,29 +138,36 @@ def attend(
     next_place = (block_tables + next_tile[0] * tables_stride * 4, num_kv_heads, next_kv_head)
     both = numba.carray(pointer(item.runs, np.int64(0)), (2, MOST_RUNS, 2))
     runs, soon = both[0], both[1]
-    begin, end = 0, min(_step_end(0, block_size), length)
-    _find_runs(element, item, caches, place, begin, end, runs)
-    while begin < length:
-        next_end = min(_step_end(end, block_size), length)
-        if end < length:
-            soon_keys = next_end - end
-            num_soon = _find_runs(element, item, caches, place, end, next_end, soon)
-        else:
-            soon_keys = min(_step_end(0, block_size), _num_keys(next_tile))
-            num_soon = _find_runs(element, item, caches, next_place, 0, soon_keys, soon)
+    of_step = max(KEYS_PER_STEP // block_size, 1)
+    num_runs = _run_of(length - 1, block_size) + 1
+    num_next = min(_run_of(_num_keys(next_tile) - 1, block_size) + 1, of_step)
+    brought = min(of_step, num_runs)
+    for first_run in range(0, num_runs, of_step):
+        end_run = min(first_run + of_step, num_runs)
+        for run in range(first_run, end_run):
+            _find_run(element, item, caches, place, run, runs[run - first_run])
+        # As many runs are brought as are read, those of the next item following this one's.
+        to_bring = end_run - first_run if end_run < num_runs else num_runs + num_next - brought
+        for i in range(to_bring):
+            run = brought + i
+            if run < num_runs:
+                _find_run(element, item, caches, place, run, soon[i])
+            else:
+                _find_run(element, item, caches, next_place, run - num_runs, soon[i])
+        brought += to_bring
+        begin = _first_key(first_run, block_size)
+        end = min(_first_key(first_run + of_step, block_size), length)
         for first in range(0, item.queries, GROUP_ROWS):
             rows = min(item.queries - first, GROUP_ROWS)
             num_keys = min(visible + (first + rows - 1) // group, end) - begin
             if num_keys <= 0:
                 continue
-            score(element, item, first, rows, num_keys, runs, (soon, num_soon, soon_keys))
+            score(element, item, first, rows, num_keys, runs, (soon, to_bring))
             for row in range(rows):
                 m = first + row
                 weigh(element, item, row, m, min(visible + m // group, end) - begin)
-            accumulate(element, item, first, rows, num_keys, runs, (soon, num_soon, soon_keys))
-            num_soon = 0  # for the other groups, the pages are there
-        begin, end = end, next_end
-        runs, soon = soon, runs
+            accumulate(element, item, first, rows, num_keys, runs, (soon, to_bring))
+            to_bring = 0  # for the other groups, the pages are there
 
     num_columns = num_kv_heads * group * head_size
     sums = numba.carray(pointer(item.sums, np.float32(0)), (item.queries, item.width))
@@ -172,14 +179,6 @@ def attend(
         column = first_column + m % group * head_size
         line = sums[m, :head_size]
         store_packed(element, out, block_rows, num_columns, token + m // group, column, line)
-
-
-@jit
-def _step_end(begin: int, block_size: int) -> int:
-    """The key after the last of the step that begins with this key."""
-    if block_size <= KEYS_PER_STEP:
-        return begin + KEYS_PER_STEP // block_size * block_size
-    return min(begin + KEYS_PER_STEP, (begin // block_size + 1) * block_size)
 
 
 @jit
@@ -198,27 +197,42 @@ def _num_keys(tile: Any) -> int:
 
 
 @jit
-def _find_runs(
+def _run_of(key: int, block_size: int) -> int:
+    """The number, from a row's first on, of the run that holds a key."""
+    page, offset = divmod(key, block_size)
+    return int(page * _runs_per_page(block_size) + offset // KEYS_PER_STEP)
+
+
+@jit
+def _first_key(run: int, block_size: int) -> int:
+    page, part = divmod(run, _runs_per_page(block_size))
+    return int(page * block_size + part * KEYS_PER_STEP)
+
+
+@jit
+def _runs_per_page(block_size: int) -> int:
+    return int((block_size + KEYS_PER_STEP - 1) // KEYS_PER_STEP)
+
+
+@jit
+def _find_run(
     element: Any,
     item: Item,
     caches: tuple[int, int],
     place: tuple[int, int, int],
-    begin: int,
-    end: int,
-    runs: Any,
-) -> int:
-    """Where keys begin .. end - 1 of a step and their values lie: one run a page, and how many.
+    run: int,
+    found: Any,
+) -> None:
+    """Where the keys and the values of a run lie.
 
     `place`: a row's block table, and of how many key/value heads in a page which one.
     """
     table_place, num_kv_heads, kv_head = place
-    page, offset = divmod(begin, item.block_size)
-    num_runs = (end - begin + item.block_size - 1) // item.block_size
-    table = numba.carray(pointer(table_place, np.int32(0)), (page + num_runs,))
+    page, part = divmod(run, _runs_per_page(item.block_size))
+    offset = part * KEYS_PER_STEP
+    table = numba.carray(pointer(table_place, np.int32(0)), (page + 1,))
     head_bytes = item.block_size * item.num_steps * STEP_BYTES
     value_offset = offset // numbers_per_step(element) * item.head_size
-    for run in range(num_runs):
-        start = (table[page + run] * num_kv_heads + kv_head) * head_bytes
-        runs[run, 0] = caches[0] + start + offset * STEP_BYTES
-        runs[run, 1] = caches[1] + start + value_offset * STEP_BYTES
-    return num_runs
+    start = (table[page] * num_kv_heads + kv_head) * head_bytes
+    found[0] = caches[0] + start + offset * STEP_BYTES
+    found[1] = caches[1] + start + value_offset * STEP_BYTES

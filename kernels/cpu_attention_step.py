@@ -37,8 +37,8 @@ _multiply_queries = panel_multiplier(0)
 _multiply_weights = panel_multiplier(_ROW_BYTES)
 
 
-Soon = tuple[Any, int, int]
-"""A step whose keys and values will be needed next: its runs, how many, and how many keys."""
+Soon = tuple[Any, int]
+"""Runs whose keys and values will be needed next, and how many."""
 
 
 class Item(NamedTuple):
@@ -130,12 +130,13 @@ def score(
     element: Any, item: Item, first: int, rows: int, num_keys: int, runs: Any, soon: Soon
 ) -> None:
     """A group's scores for the first `num_keys` keys of a step; garbage in the columns after.
-    Meanwhile the first half of `soon` is brought into the cache.
+    Meanwhile the keys of `soon` are brought into the cache, page for page.
     """
+    next_runs, num_next = soon
+    key_step = item.block_size * STEP_BYTES
     tile_rows = _ROWS_FOR[rows]
     scores = numba.carray(pointer(item.scores, np.float32(0)), (tile_rows, _SCORE_COLUMNS))
     scores[:] = 0
-    num_runs = (num_keys + item.block_size - 1) // item.block_size
     run = start = 0
     while start < num_keys:
         keys = runs[run, 0]
@@ -143,7 +144,11 @@ def score(
         if item.block_size == COLUMNS and num_keys - start > COLUMNS:
             panel_distance, together = runs[run + 1, 0] - keys, 2  # two pages as two panels
         run_keys = min(together * item.block_size, num_keys - start)
-        _bring(item, soon, run, run + together, 2 * num_runs)
+        ahead, ahead_step, ahead_panel = keys, 0, 0
+        if run < num_next:
+            last = min(run + together, num_next) - 1
+            ahead, ahead_step = next_runs[run, 0], key_step
+            ahead_panel = PANEL_BYTES if together == 1 else next_runs[last, 0] - ahead
         _multiply_queries(
             element,
             element,
@@ -151,11 +156,12 @@ def score(
             (run_keys + COLUMNS - 1) // COLUMNS,
             item.packed + first * item.num_steps * STEP_BYTES,
             keys,
-            item.block_size * STEP_BYTES,
+            key_step,
             panel_distance,
             item.num_steps,
-            0,
-            0,
+            ahead,
+            ahead_step,
+            ahead_panel,
             item.scores + start * 4,
             _ROW_BYTES,
         )
@@ -163,6 +169,7 @@ def score(
         start += run_keys
         if run_keys % COLUMNS != 0:
             scores[:, start : start + COLUMNS] = 0
+    _bring_keys(item, soon, _round_up(start, min(COLUMNS, item.block_size)))
 
 
 @jit
@@ -198,23 +205,24 @@ def accumulate(
     soon: Soon,
 ) -> None:
     """Add a group's weighted values, those of the first `num_keys` keys of a step, to its sums.
-    Meanwhile the second half of `soon` is brought into the cache.
+    Meanwhile the values of `soon` are brought into the cache, page for page.
     """
+    next_runs, num_next = soon
     p = numbers_per_step(element)
     step_bytes = item.head_size * STEP_BYTES
-    num_runs = (num_keys + item.block_size - 1) // item.block_size
-    done = start = 0
+    start = 0
     while start < num_keys:
         run = start // item.block_size
         offset = start - run * item.block_size
-        if run >= done:
-            _bring(item, soon, num_runs + run, num_runs + run + 1, 2 * num_runs)
-            done = run + 1
         steps = min(item.block_size - offset, num_keys - start) // p
         values = runs[run, 1] + offset // p * step_bytes
         if steps == 0:  # the second of two keys may be anything: take zeros instead
             _copy_first(values, item.line, item.head_size)
             values, steps = item.line, 1
+        ahead, ahead_step, ahead_panel = values, 0, 0
+        if run < num_next:
+            ahead = next_runs[run, 1] + offset // p * step_bytes
+            ahead_step, ahead_panel = step_bytes, PANEL_BYTES
         _multiply_weights(
             element,
             element,
@@ -225,27 +233,40 @@ def accumulate(
             step_bytes,
             PANEL_BYTES,
             steps,
-            0,
-            0,
+            ahead,
+            ahead_step,
+            ahead_panel,
             item.sums + first * item.width * 4,
             item.width * 4,
         )
         start += steps * p
+    _bring_values(element, item, soon, start)
 
 
 @jit
-def _bring(item: Item, soon: Soon, begin: int, end: int, parts: int) -> None:
-    """Bring some of so many parts of the keys and values of a step into the cache."""
-    runs, num_runs, num_keys = soon
-    for run in range(num_runs):
-        keys, values = runs[run]
-        run_keys = min(item.block_size, num_keys - run * item.block_size)
-        for step in range(item.num_steps * begin // parts, item.num_steps * end // parts):
-            for offset in range(0, run_keys * STEP_BYTES, CACHE_LINE_BYTES):
-                prefetch(keys + step * item.block_size * STEP_BYTES + offset)
-        num_lines = (run_keys * item.num_steps * STEP_BYTES - 1) // CACHE_LINE_BYTES + 1
-        for line in range(num_lines * begin // parts, num_lines * end // parts):
-            prefetch(values + line * CACHE_LINE_BYTES)
+def _bring_keys(item: Item, soon: Soon, first: int) -> None:
+    """Bring the keys into the cache, but for `first` ones."""
+    runs, num_runs = soon
+    of_run = min(item.block_size, KEYS_PER_STEP)
+    for key in range(first, num_runs * of_run, min(COLUMNS, of_run)):
+        run = key // of_run
+        keys = runs[run, 0] + (key - run * of_run) * STEP_BYTES
+        for step in range(item.num_steps):
+            prefetch(keys + step * item.block_size * STEP_BYTES)
+
+
+@jit
+def _bring_values(element: Any, item: Item, soon: Soon, first: int) -> None:
+    """Bring the values into the cache, but for `first` ones."""
+    runs, num_runs = soon
+    of_run = min(item.block_size, KEYS_PER_STEP)
+    p = numbers_per_step(element)
+    step_bytes = item.head_size * STEP_BYTES
+    for key in range(first, num_runs * of_run, p):
+        run = key // of_run
+        values = runs[run, 1] + (key - run * of_run) // p * step_bytes
+        for line in range(0, step_bytes, CACHE_LINE_BYTES):
+            prefetch(values + line)
 
 
 @jit

@@ -54,16 +54,19 @@ def _step_bytes(x_element: Any, w_element: Any) -> int:
 def _multiply_block(
     x_element: Any,
     w_element: Any,
+    team: int,
     matrix: Any,
     x: int,
     block_rows: int,
+    block: int,
+    num_blocks: int,
     panel: int,
-    num_panels: int,
-    ahead: int,
-    ahead_step: int,
+    together: int,
     scratch: int,
-) -> None:
-    """scratch[r, c] = scale[c] * (x . w) + bias[c], for a packed block of rows and some panels."""
+) -> int:
+    """scratch[r, c] = scale[c] * (x . w) + bias[c], for a block of packed rows and the panels of an
+    item, those `together` from `panel` on that there are; returns how many columns."""
+    num_panels = min(together, (matrix.num_outputs + COLUMNS - 1) // COLUMNS - panel)
     sums = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     for row in range(block_rows):
         sums_of_row = sums[row]
@@ -71,18 +74,23 @@ def _multiply_block(
             sums_of_row[column] = 0
     w_step = _step_bytes(x_element, w_element)
     w_panel = matrix.num_steps * w_step
+    w = matrix.numbers + panel * w_panel
+    distance, ahead_step, ahead_panel = _look_ahead(
+        w_step, team, matrix, panel, together, block, num_blocks
+    )
     _multiply_panels(
         x_element,
         w_element,
         block_rows,
         num_panels,
-        x,
-        matrix.numbers + panel * w_panel,
+        x + block * matrix.num_steps * block_rows * STEP_BYTES,
+        w,
         w_step,
         w_panel,
         matrix.num_steps,
-        ahead,
+        w + distance,
         ahead_step,
+        ahead_panel,
         scratch,
         SCRATCH_COLUMNS * 4,
     )
@@ -101,6 +109,7 @@ def _multiply_block(
             sums_of_row = sums[row]
             for column in range(end):
                 sums_of_row[column] += widen(bias[column])
+    return int(end)
 
 
 @jit
@@ -116,8 +125,8 @@ def _item_panels(team: int, matrix: Any, block_rows: int) -> int:
 @jit
 def _look_ahead(
     w_step: int, team: int, matrix: Any, panel: int, together: int, block: int, num_blocks: int
-) -> tuple[int, int]:
-    """`ahead` and `ahead_step` of a tile, for the member's next item to be there when this one is
+) -> tuple[int, int, int]:
+    """What to bring into the cache from how far behind the panels on, for the member's next item to be there when this one is
     done. All members being equally fast, that is the one after those that the others have claimed.
 
     The blocks of rows share this, so that memory is read as steadily as is computed.
@@ -127,9 +136,10 @@ def _look_ahead(
     while 2 * shares <= min(num_blocks, _MOST_SHARES):
         shares *= 2
     if next_panel * COLUMNS >= matrix.num_outputs or block >= shares:
-        return 0, 0
+        return 0, 0, 0
     w_panel = matrix.num_steps * w_step
-    return (next_panel - panel) * w_panel + block * w_panel // shares, w_step // shares
+    distance = (next_panel - panel) * w_panel + block * w_panel // shares
+    return distance, w_step // shares, w_panel
 
 
 @jit
@@ -148,36 +158,29 @@ def project(
 ) -> None:
     """out[row, output] = (or +=) the layer's outputs, float32; members claim panels."""
     rows = numba.carray(pointer(out, np.float32(0)), (num_rows, out_stride))
-    num_panels = (matrix.num_outputs + COLUMNS - 1) // COLUMNS
     together = _item_panels(team, matrix, block_rows)
-    block_bytes = matrix.num_steps * block_rows * STEP_BYTES
     num_blocks = (num_rows + block_rows - 1) // block_rows
-    w_step = _step_bytes(x_element, w_element)
     sums = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     while True:
         panel = claim(team) * together
-        if panel >= num_panels:
-            break
-        count = min(together, num_panels - panel)
         first = panel * COLUMNS
-        columns = min(count * COLUMNS, matrix.num_outputs - first)
+        if first >= matrix.num_outputs:
+            break
         for block in range(num_blocks):
-            row, place = block * block_rows, x + block * block_bytes
-            ahead, ahead_step = _look_ahead(
-                w_step, team, matrix, panel, together, block, num_blocks
-            )
-            _multiply_block(
+            columns = _multiply_block(
                 x_element,
                 w_element,
+                team,
                 matrix,
-                place,
+                x,
                 block_rows,
+                block,
+                num_blocks,
                 panel,
-                count,
-                ahead,
-                ahead_step,
+                together,
                 scratch,
             )
+            row = block * block_rows
             for r in range(min(block_rows, num_rows - row)):
                 _put(sums[r], rows[row + r, first : first + columns], adds)
 
@@ -196,37 +199,33 @@ def project_gated(
     scratch: int,
 ) -> None:
     """silu(gate) * up, as packed rows for the next layer; members claim panels of both."""
-    num_panels = (gate.num_outputs + COLUMNS - 1) // COLUMNS
     together = _item_panels(team, gate, block_rows)
-    block_bytes = gate.num_steps * block_rows * STEP_BYTES
     num_blocks = (num_rows + block_rows - 1) // block_rows
-    w_step = _step_bytes(x_element, w_element)
     side = scratch + MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
     gates = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     ups = numba.carray(pointer(side, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
     while True:
         panel = claim(team) * together
-        if panel >= num_panels:
-            break
-        count = min(together, num_panels - panel)
         first = panel * COLUMNS
-        columns = min(count * COLUMNS, gate.num_outputs - first)
+        if first >= gate.num_outputs:
+            break
         for block in range(num_blocks):
-            row, place = block * block_rows, x + block * block_bytes
-            ahead, ahead_step = _look_ahead(w_step, team, gate, panel, together, block, num_blocks)
+            columns = 0
             for matrix, sums in ((gate, scratch), (up, side)):
-                _multiply_block(
+                columns = _multiply_block(
                     x_element,
                     w_element,
+                    team,
                     matrix,
-                    place,
+                    x,
                     block_rows,
+                    block,
+                    num_blocks,
                     panel,
-                    count,
-                    ahead,
-                    ahead_step,
+                    together,
                     sums,
                 )
+            row = block * block_rows
             for r in range(min(block_rows, num_rows - row)):
                 activated = gates[r, :columns]
                 _activate(activated, ups[r])

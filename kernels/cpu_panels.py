@@ -36,6 +36,7 @@ def panel_multiplier(row_bytes: int) -> Any:
         steps: int,
         ahead: int,
         ahead_step: int,
+        ahead_panel: int,
         out: int,
         out_row: int,
     ) -> None:
@@ -55,11 +56,13 @@ def panel_multiplier(row_bytes: int) -> Any:
                 steps,
                 ahead,
                 ahead_step,
+                ahead_panel,
                 out,
                 out_row,
                 PANEL_BYTES,
             )
             w += done * w_panel
+            ahead += done * ahead_panel
             out += done * PANEL_BYTES
             panels -= done
 

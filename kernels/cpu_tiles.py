@@ -101,6 +101,7 @@ def _multiply_tile(
     num_steps: Any,
     ahead: Any,
     ahead_step: Any,
+    ahead_panel: Any,
     out: Any,
     out_row: Any,
     out_panel: Any,
@@ -108,11 +109,12 @@ def _multiply_tile(
     """`row_bytes`, a constant, is the distance of x's rows, or 0 if they are packed; the elements
     are zeros that tell the types. `rows` is one of TILE_ROWS, and `panels` as `tile_panels` says.
     The rest are addresses, and distances and counts in bytes and steps. With each step of a panel,
-    another line is brought into the cache: `ahead` behind the panel at first, and `ahead_step`
-    further from step to step.
+    another line is brought into the cache: that at `ahead` with the first step of the first panel,
+    and so on, from step to step and from panel to panel any distance further.
     """
     assert isinstance(row_bytes, types.IntegerLiteral), "not constant"
-    places = (x, w, w_step, w_panel, num_steps, ahead, ahead_step, out, out_row, out_panel)
+    soon = (ahead, ahead_step, ahead_panel)
+    places = (x, w, w_step, w_panel, num_steps, *soon, out, out_row, out_panel)
     numbers = (rows, panels, *places)
     signature = types.void(row_bytes, x_element, w_element, *(types.int64 for _ in numbers))
     distance = row_bytes.literal_value
@@ -172,6 +174,7 @@ class _Tile:
         num_steps: Any,
         ahead: Any,
         ahead_step: Any,
+        ahead_panel: Any,
         out: Any,
         out_row: Any,
         out_panel: Any,
@@ -182,7 +185,10 @@ class _Tile:
             for row in range(self._rows)
             for panel in range(self._panels)
         ]
-        panels = [b.add(w, b.mul(w_panel, _int(panel))) for panel in range(self._panels)]
+        panels, panels_ahead = (
+            [b.add(first, b.mul(distance, _int(panel))) for panel in range(self._panels)]
+            for first, distance in ((w, w_panel), (ahead, ahead_panel))
+        )
         before = b.basic_block
         loop, done = b.append_basic_block("steps"), b.append_basic_block("summed")
         starts = [self._load(place, _LANES_F32) for place in places]
@@ -192,8 +198,8 @@ class _Tile:
         step, x_now, w_offset, ahead_offset = (b.phi(_I64) for _ in range(4))
         sums = [b.phi(_LANES_F32) for _ in places]
         weights = []
-        for panel in panels:
-            emit_prefetch(b, b.add(panel, ahead_offset))
+        for panel, panel_ahead in zip(panels, panels_ahead, strict=True):
+            emit_prefetch(b, b.add(panel_ahead, ahead_offset))
             weights.append(self._weights(b.add(panel, w_offset)))
         added = []
         for row in range(self._rows):
@@ -206,7 +212,7 @@ class _Tile:
             (step, _int(0), next_step),
             (x_now, x, b.add(x_now, _int(self._step_bytes))),
             (w_offset, _int(0), b.add(w_offset, w_step)),
-            (ahead_offset, ahead, b.add(ahead_offset, ahead_step)),
+            (ahead_offset, _int(0), b.add(ahead_offset, ahead_step)),
             *zip(sums, starts, added, strict=True),
         ):
             phi.add_incoming(start, before)
