@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kernels.cpu_attention import attend
-from kernels.cpu_kv_cache import store_key, store_value
+from kernels.cpu_kv_cache import bring_slot, store_key, store_value
 from kernels.cpu_linear import project, project_gated
 from kernels.cpu_packing import store_packed
 from kernels.cpu_records import LAYER, LOGITS, STEP
@@ -166,6 +166,7 @@ def _place_heads(x_element: Any, team: int, step: Any, layer: Any) -> None:
         if token >= step.num_tokens:
             break
         slot, angle = slots[token], angles[positions[token]]
+        next_slot = slots[min(token + num_members(team), step.num_tokens - 1)]
         for head in range(num_heads + 2 * num_kv_heads):
             numbers = qkv[token, head * size : (head + 1) * size]
             if head < num_heads + num_kv_heads:
@@ -187,6 +188,16 @@ def _place_heads(x_element: Any, team: int, step: Any, layer: Any) -> None:
                 )
             elif head >= num_heads:
                 kv_head = head - num_heads
+                bring_slot(
+                    x_element,
+                    layer.key_cache,
+                    layer.value_cache,
+                    num_kv_heads,
+                    step.block_size,
+                    next_slot,
+                    kv_head,
+                    size,
+                )
                 store_key(
                     x_element,
                     layer.key_cache,

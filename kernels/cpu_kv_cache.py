@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_packing import numbers_per_step, scatter_steps
-from kernels.cpu_runtime import jit, narrow, pointer
+from kernels.cpu_runtime import CACHE_LINE_BYTES, jit, narrow, pointer, prefetch
 from kernels.cpu_tiles import STEP_BYTES
 
 
@@ -110,3 +110,27 @@ def store_value(
     numbers = numba.carray(pointer(cache_address, element), (start + size * p,))
     for d in range(size):
         numbers[start + d * p] = narrow(values[d], element)
+
+
+@jit
+def bring_slot(
+    element: Any,
+    key_cache: int,
+    value_cache: int,
+    num_kv_heads: int,
+    block_size: int,
+    slot: int,
+    head: int,
+    head_size: int,
+) -> None:
+    """Bring into the cache what `store_key` and `store_value` will write."""
+    p = numbers_per_step(element)
+    num_steps = head_size // p
+    page = (slot // block_size * num_kv_heads + head) * block_size * num_steps * STEP_BYTES
+    offset = slot % block_size
+    key = key_cache + page + offset * STEP_BYTES
+    for step in range(num_steps):
+        prefetch(key + step * block_size * STEP_BYTES)
+    value = value_cache + page + offset // p * head_size * STEP_BYTES
+    for line in range(0, head_size * STEP_BYTES, CACHE_LINE_BYTES):
+        prefetch(value + line)
