@@ -126,8 +126,8 @@ def attend(
     out          [T, Hq * D], packed in blocks of `block_rows` rows (`kernels.cpu_packing`)
     scratch      `scratch_bytes(G, D)` bytes, on a multiple of 64, of the calling thread
     """
-    tile, kv_head = _item(tiles, number)
-    next_tile, next_kv_head = _item(tiles, next_number)
+    tile, kv_head = _item(tiles, number, num_kv_heads)
+    next_tile, next_kv_head = _item(tiles, next_number, num_kv_heads)
     token, visible, length = tile[1], tile[3], _num_keys(tile)
     item = lay_out(element, scratch, (tile[2] - token) * group, group, head_size, block_size)
     first_column = kv_head * group * head_size
@@ -182,11 +182,12 @@ def attend(
 
 
 @jit
-def _item(tiles: Any, number: int) -> Any:
-    """An item's tile and key/value head. All tiles of a head come one after the other, the last one
-    first: the later tiles of a prompt see more keys, and take longest.
+def _item(tiles: Any, number: int, num_kv_heads: int) -> Any:
+    """An item's tile and key/value head. All heads of a tile come one after the other, as they lie
+    in a page; and the last tile comes first: the later ones of a prompt see more keys, and take
+    longest.
     """
-    kv_head, place = divmod(number, len(tiles))
+    place, kv_head = divmod(number, num_kv_heads)
     return tiles[len(tiles) - 1 - place], kv_head
 
 
