@@ -33,8 +33,8 @@ _ROW_BYTES = _SCORE_COLUMNS * 4
 MOST_RUNS = KEYS_PER_STEP
 """Of a step, with one key a page; a run is what a step takes of one page."""
 
-_multiply_queries = panel_multiplier(0)
-_multiply_weights = panel_multiplier(_ROW_BYTES)
+_multiply_queries = panel_multiplier(0, adds=0)
+_multiply_weights = panel_multiplier(_ROW_BYTES, adds=1)
 
 
 Soon = tuple[Any, int]
@@ -135,8 +135,6 @@ def score(
     next_runs, num_next = soon
     key_step = item.block_size * STEP_BYTES
     tile_rows = _ROWS_FOR[rows]
-    scores = numba.carray(pointer(item.scores, np.float32(0)), (tile_rows, _SCORE_COLUMNS))
-    scores[:] = 0
     run = start = 0
     while start < num_keys:
         keys = runs[run, 0]
@@ -167,8 +165,6 @@ def score(
         )
         run += together
         start += run_keys
-        if run_keys % COLUMNS != 0:
-            scores[:, start : start + COLUMNS] = 0
     _bring_keys(item, soon, _round_up(start, min(COLUMNS, item.block_size)))
 
 

@@ -35,7 +35,7 @@ SCRATCH_COLUMNS = _MOST_PANELS * COLUMNS
 SCRATCH_BYTES = 2 * MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
 """Of scratch that a member needs."""
 
-_multiply_panels = panel_multiplier(0)
+_multiply_panels = panel_multiplier(0, adds=0)
 
 
 def choose_block_rows(num_rows: int) -> int:
@@ -62,16 +62,12 @@ def _multiply_block(
     num_blocks: int,
     panel: int,
     together: int,
-    scratch: int,
-) -> int:
-    """scratch[r, c] = scale[c] * (x . w) + bias[c], for a block of packed rows and the panels of an
-    item, those `together` from `panel` on that there are; returns how many columns."""
+    out: int,
+    out_stride: int,
+) -> None:
+    """out[r, c] = scale[c] * (x . w) + bias[c], for a block of packed rows and the panels of an
+    item, those `together` from `panel` on that there are."""
     num_panels = min(together, (matrix.num_outputs + COLUMNS - 1) // COLUMNS - panel)
-    sums = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
-    for row in range(block_rows):
-        sums_of_row = sums[row]
-        for column in range(num_panels * COLUMNS):
-            sums_of_row[column] = 0
     w_step = _step_bytes(x_element, w_element)
     w_panel = matrix.num_steps * w_step
     w = matrix.numbers + panel * w_panel
@@ -91,9 +87,10 @@ def _multiply_block(
         w + distance,
         ahead_step,
         ahead_panel,
-        scratch,
-        SCRATCH_COLUMNS * 4,
+        out,
+        out_stride * 4,
     )
+    sums = numba.carray(pointer(out, np.float32(0)), (block_rows, out_stride))
     end = min(num_panels * COLUMNS, matrix.num_outputs - panel * COLUMNS)
     if matrix.scales != 0:
         place = matrix.scales + panel * COLUMNS * 4
@@ -109,7 +106,6 @@ def _multiply_block(
             sums_of_row = sums[row]
             for column in range(end):
                 sums_of_row[column] += widen(bias[column])
-    return int(end)
 
 
 @jit
@@ -166,8 +162,11 @@ def project(
         first = panel * COLUMNS
         if first >= matrix.num_outputs:
             break
+        columns = min(together * COLUMNS, matrix.num_outputs - first)
         for block in range(num_blocks):
-            columns = _multiply_block(
+            row = block * block_rows
+            in_place = not adds and columns % COLUMNS == 0 and row + block_rows <= num_rows
+            _multiply_block(
                 x_element,
                 w_element,
                 team,
@@ -178,10 +177,10 @@ def project(
                 num_blocks,
                 panel,
                 together,
-                scratch,
+                out + (row * out_stride + first) * 4 if in_place else scratch,
+                out_stride if in_place else SCRATCH_COLUMNS,
             )
-            row = block * block_rows
-            for r in range(min(block_rows, num_rows - row)):
+            for r in range(0 if in_place else min(block_rows, num_rows - row)):
                 _put(sums[r], rows[row + r, first : first + columns], adds)
 
 
@@ -209,10 +208,10 @@ def project_gated(
         first = panel * COLUMNS
         if first >= gate.num_outputs:
             break
+        columns = min(together * COLUMNS, gate.num_outputs - first)
         for block in range(num_blocks):
-            columns = 0
             for matrix, sums in ((gate, scratch), (up, side)):
-                columns = _multiply_block(
+                _multiply_block(
                     x_element,
                     w_element,
                     team,
@@ -224,6 +223,7 @@ def project_gated(
                     panel,
                     together,
                     sums,
+                    SCRATCH_COLUMNS,
                 )
             row = block * block_rows
             for r in range(min(block_rows, num_rows - row)):

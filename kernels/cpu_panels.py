@@ -17,8 +17,9 @@ PANEL_BYTES = COLUMNS * 4
 """Of a panel of float32 results, and of one step of a panel that is multiplied."""
 
 
-def panel_multiplier(row_bytes: int) -> Any:
-    """The function for rows that are `row_bytes` apart, or packed (0).
+def panel_multiplier(row_bytes: int, adds: int) -> Any:
+    """The function for rows that are `row_bytes` apart, or packed (0), which adds to what `out` is
+    (1) or replaces it (0).
 
     It is inlined where it is called, because the compiler would translate its many tiles once more
     for each function on the way up.
@@ -40,11 +41,12 @@ def panel_multiplier(row_bytes: int) -> Any:
         out: int,
         out_row: int,
     ) -> None:
-        """out += x . w; see `kernels.cpu_tiles`. Results' panels lie side by side."""
+        """out = (or +=) x . w; see `kernels.cpu_tiles`. Results' panels lie side by side."""
         while panels > 0:
             done = tile_panels(rows, panels)
             multiply_tile(
                 row_bytes,
+                adds,
                 x_element,
                 w_element,
                 rows,

@@ -1,9 +1,9 @@
 """The CPU's inner loop: a few rows times some columns of a packed matrix, kept in registers.
 
 Everything that multiplies on a CPU, linear layers and both products of attention, is made of one
-operation, `multiply_tile`: out[r, c] += sum over k of x[r, k] * w[k, c], for `rows` rows and
-`panels` panels of 16 columns. k goes in *steps* of four bytes a row: two bfloat16, which the CPU
-multiplies and adds in one instruction where it has AVX512-BF16, or one float32.
+operation, `multiply_tile`: out[r, c] = (or +=) the sum over k of x[r, k] * w[k, c], for `rows` rows
+and `panels` panels of 16 columns. k goes in *steps* of four bytes a row: two bfloat16, which the
+CPU multiplies and adds in one instruction where it has AVX512-BF16, or one float32.
 
 Memory
 - w: the numbers of one panel and step lie together, column by column: [16][2] bfloat16 (64 bytes),
@@ -90,6 +90,7 @@ _PANELS_BY_ROWS = tuple(_TILE_PANELS.get(rows, 0) for rows in range(TILE_ROWS[-1
 def _multiply_tile(
     typing_context: Any,
     row_bytes: Any,
+    adds: Any,
     x_element: Any,
     w_element: Any,
     rows: Any,
@@ -106,22 +107,25 @@ def _multiply_tile(
     out_row: Any,
     out_panel: Any,
 ) -> Any:
-    """`row_bytes`, a constant, is the distance of x's rows, or 0 if they are packed; the elements
-    are zeros that tell the types. `rows` is one of TILE_ROWS, and `panels` as `tile_panels` says.
+    """`row_bytes`, a constant, is the distance of x's rows, or 0 if they are packed; `adds`, another
+    one, is 1 to add to what `out` is, and 0 to replace it. The elements are zeros that tell the
+    types. `rows` is one of TILE_ROWS, and `panels` as `tile_panels` says.
     The rest are addresses, and distances and counts in bytes and steps. With each step of a panel,
     another line is brought into the cache: that at `ahead` with the first step of the first panel,
     and so on, from step to step and from panel to panel any distance further.
     """
     assert isinstance(row_bytes, types.IntegerLiteral), "not constant"
+    assert isinstance(adds, types.IntegerLiteral), "not constant"
     soon = (ahead, ahead_step, ahead_panel)
     places = (x, w, w_step, w_panel, num_steps, *soon, out, out_row, out_panel)
     numbers = (rows, panels, *places)
-    signature = types.void(row_bytes, x_element, w_element, *(types.int64 for _ in numbers))
-    distance = row_bytes.literal_value
+    elements_given = (x_element, w_element)
+    signature = types.void(row_bytes, adds, *elements_given, *(types.int64 for _ in numbers))
+    constants = row_bytes.literal_value, adds.literal_value
     elements = _NUMBA_ELEMENTS[x_element], _NUMBA_ELEMENTS[w_element]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        num_rows, num_panels, *places = arguments[3:]
+        num_rows, num_panels, *places = arguments[4:]
         shape = builder.add(builder.mul(num_rows, _int(_MOST_PANELS + 1)), num_panels)
         done = builder.append_basic_block("multiplied")
         choice = builder.switch(shape, done)
@@ -129,7 +133,7 @@ def _multiply_tile(
             block = builder.append_basic_block(f"tile_{rows}_{panels}")
             choice.add_case(_int(rows * (_MOST_PANELS + 1) + panels), block)
             builder.position_at_end(block)
-            _Tile(builder, rows, panels, distance, *elements).generate(*places)
+            _Tile(builder, rows, panels, *constants, *elements).generate(*places)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
@@ -153,7 +157,14 @@ class _Tile:
     """Emits the code of one shape and pair of element types."""
 
     def __init__(
-        self, builder: Any, rows: int, panels: int, row_bytes: int, x_element: str, w_element: str
+        self,
+        builder: Any,
+        rows: int,
+        panels: int,
+        row_bytes: int,
+        adds: int,
+        x_element: str,
+        w_element: str,
     ) -> None:
         self._builder = builder
         self._rows = rows
@@ -161,6 +172,7 @@ class _Tile:
         self._row_bytes, self._step_bytes = (
             (row_bytes, STEP_BYTES) if row_bytes else (STEP_BYTES, rows * STEP_BYTES)
         )
+        self._adds = bool(adds)
         self._x_element = x_element
         self._w_element = w_element
         self._dots = x_element == "bfloat16" and HAS_BF16_DOT
@@ -191,7 +203,8 @@ class _Tile:
         )
         before = b.basic_block
         loop, done = b.append_basic_block("steps"), b.append_basic_block("summed")
-        starts = [self._load(place, _LANES_F32) for place in places]
+        zero = ir.Constant(_LANES_F32, [0.0] * COLUMNS)
+        starts = [self._load(place, _LANES_F32) if self._adds else zero for place in places]
         b.cbranch(b.icmp_signed(">", num_steps, _int(0)), loop, done)
 
         b.position_at_end(loop)
