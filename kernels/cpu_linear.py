@@ -15,9 +15,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from kernels.cpu_packing import numbers_per_step, store_packed
+from kernels.cpu_gate import gate_row
+from kernels.cpu_packing import numbers_per_step
 from kernels.cpu_panels import panel_multiplier
-from kernels.cpu_runtime import LOG2_E, exp2, itemsize, jit, pointer, widen
+from kernels.cpu_runtime import itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
 from kernels.cpu_tiles import COLUMNS, STEP_BYTES, TILE_ROWS, tile_panels
 
@@ -201,8 +202,7 @@ def project_gated(
     together = _item_panels(team, gate, block_rows)
     num_blocks = (num_rows + block_rows - 1) // block_rows
     side = scratch + MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
-    gates = numba.carray(pointer(scratch, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
-    ups = numba.carray(pointer(side, np.float32(0)), (block_rows, SCRATCH_COLUMNS))
+    p = numbers_per_step(x_element)
     while True:
         panel = claim(team) * together
         first = panel * COLUMNS
@@ -227,10 +227,14 @@ def project_gated(
                 )
             row = block * block_rows
             for r in range(min(block_rows, num_rows - row)):
-                activated = gates[r, :columns]
-                _activate(activated, ups[r])
-                store_packed(
-                    x_element, out, block_rows, gate.num_outputs, row + r, first, activated
+                place = out + (row * gate.num_outputs + first * block_rows) // p * STEP_BYTES
+                gate_row(
+                    x_element,
+                    scratch + r * SCRATCH_COLUMNS * 4,
+                    side + r * SCRATCH_COLUMNS * 4,
+                    columns // p,
+                    place + r * STEP_BYTES,
+                    block_rows * STEP_BYTES,
                 )
 
 
@@ -242,12 +246,3 @@ def _put(numbers: Any, place: Any, adds: bool) -> None:
     else:
         for i in range(place.size):
             place[i] = numbers[i]
-
-
-@jit
-def _activate(gates: Any, ups: Any) -> None:
-    """gates = silu(gates) * ups (SwiGLU; Shazeer, 2020)."""
-    for i in range(gates.size):
-        g = gates[i]
-        sigmoid = np.float32(1) / (np.float32(1) + exp2(-g * np.float32(LOG2_E)))
-        gates[i] = g * sigmoid * ups[i]
