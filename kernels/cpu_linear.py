@@ -17,10 +17,10 @@ import numpy as np
 
 from kernels.cpu_gate import gate_row
 from kernels.cpu_packing import numbers_per_step
-from kernels.cpu_panels import panel_multiplier
-from kernels.cpu_runtime import itemsize, jit, pointer, widen
+from kernels.cpu_runtime import CACHE_LINE_BYTES, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
-from kernels.cpu_tiles import COLUMNS, STEP_BYTES, TILE_ROWS, tile_panels
+from kernels.cpu_tiles import COLUMNS, STEP_BYTES, TILE_PANELS, TILE_ROWS, tile_panels
+from kernels.cpu_widening import is_widened, multiply_item, take_item
 
 _ITEM_BYTES = 384 * 1024
 """Weights of an item at most: they stay in the second-level cache for all blocks of rows."""
@@ -33,16 +33,21 @@ that each share is whole bytes."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
 _MOST_PANELS = 8
 SCRATCH_COLUMNS = _MOST_PANELS * COLUMNS
-SCRATCH_BYTES = 2 * MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
-"""Of scratch that a member needs."""
-
-_multiply_panels = panel_multiplier(0, adds=0)
+_SUMS_BYTES = MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
+"""Of a block's results."""
 
 
 def choose_block_rows(num_rows: int) -> int:
     """Rows of a block, for a number of rows: a shape of tile that leaves few of them empty."""
     enough = (rows for rows in TILE_ROWS if num_rows <= rows)
     return next(enough, min(TILE_ROWS[:-3:-1], key=lambda rows: -(-num_rows // rows) * rows))
+
+
+def scratch_bytes(most_inputs: int) -> int:
+    """Size of the memory that a member needs for layers of at most so many inputs."""
+    num_steps = (most_inputs + 1) // 2  # of bfloat16, to which int8 may be widened
+    of_item = max(_ITEM_BYTES, TILE_PANELS * num_steps * COLUMNS * STEP_BYTES)
+    return 2 * (_SUMS_BYTES + of_item + CACHE_LINE_BYTES)
 
 
 @jit
@@ -63,29 +68,30 @@ def _multiply_block(
     num_blocks: int,
     panel: int,
     together: int,
+    numbers: int,
     out: int,
     out_stride: int,
 ) -> None:
     """out[r, c] = scale[c] * (x . w) + bias[c], for a block of packed rows and the panels of an
-    item, those `together` from `panel` on that there are."""
+    item, those `together` from `panel` on that there are; `numbers` is what `take_item` said."""
     num_panels = min(together, (matrix.num_outputs + COLUMNS - 1) // COLUMNS - panel)
     w_step = _step_bytes(x_element, w_element)
     w_panel = matrix.num_steps * w_step
-    w = matrix.numbers + panel * w_panel
+    taken_step = _step_bytes(x_element, x_element) if is_widened(block_rows) else w_step
     distance, ahead_step, ahead_panel = _look_ahead(
         w_step, team, matrix, panel, together, block, num_blocks
     )
-    _multiply_panels(
+    multiply_item(
         x_element,
         w_element,
         block_rows,
         num_panels,
         x + block * matrix.num_steps * block_rows * STEP_BYTES,
-        w,
-        w_step,
-        w_panel,
+        numbers,
+        taken_step,
+        matrix.num_steps * taken_step,
         matrix.num_steps,
-        w + distance,
+        matrix.numbers + panel * w_panel + distance,
         ahead_step,
         ahead_panel,
         out,
@@ -110,6 +116,22 @@ def _multiply_block(
 
 
 @jit
+def _take_panels(
+    x_element: Any,
+    w_element: Any,
+    matrix: Any,
+    panel: int,
+    columns: int,
+    block_rows: int,
+    room: int,
+) -> int:
+    """`take_item` for the panels of so many columns, from `panel` on."""
+    numbers = matrix.numbers + panel * matrix.num_steps * _step_bytes(x_element, w_element)
+    num_steps = (columns + COLUMNS - 1) // COLUMNS * matrix.num_steps
+    return int(take_item(w_element, numbers, num_steps, block_rows, room))
+
+
+@jit
 def _item_panels(team: int, matrix: Any, block_rows: int) -> int:
     """Panels of an item of work: several tiles, but enough items for all members."""
     num_panels = (matrix.num_outputs + COLUMNS - 1) // COLUMNS
@@ -123,8 +145,9 @@ def _item_panels(team: int, matrix: Any, block_rows: int) -> int:
 def _look_ahead(
     w_step: int, team: int, matrix: Any, panel: int, together: int, block: int, num_blocks: int
 ) -> tuple[int, int, int]:
-    """What to bring into the cache from how far behind the panels on, for the member's next item to be there when this one is
-    done. All members being equally fast, that is the one after those that the others have claimed.
+    """What to bring into the cache, for the member's next item to be there when this one is done:
+    how far behind the panels it begins, and the distances of its steps and panels. All members
+    being equally fast, the next item is the one after those that the others have claimed.
 
     The blocks of rows share this, so that memory is read as steadily as is computed.
     """
@@ -164,6 +187,9 @@ def project(
         if first >= matrix.num_outputs:
             break
         columns = min(together * COLUMNS, matrix.num_outputs - first)
+        numbers = _take_panels(
+            x_element, w_element, matrix, panel, columns, block_rows, scratch + 2 * _SUMS_BYTES
+        )
         for block in range(num_blocks):
             row = block * block_rows
             in_place = not adds and columns % COLUMNS == 0 and row + block_rows <= num_rows
@@ -178,6 +204,7 @@ def project(
                 num_blocks,
                 panel,
                 together,
+                numbers,
                 out + (row * out_stride + first) * 4 if in_place else scratch,
                 out_stride if in_place else SCRATCH_COLUMNS,
             )
@@ -201,7 +228,9 @@ def project_gated(
     """silu(gate) * up, as packed rows for the next layer; members claim panels of both."""
     together = _item_panels(team, gate, block_rows)
     num_blocks = (num_rows + block_rows - 1) // block_rows
-    side = scratch + MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
+    side = scratch + _SUMS_BYTES
+    room = side + _SUMS_BYTES
+    up_room = room + together * gate.num_steps * COLUMNS * STEP_BYTES
     p = numbers_per_step(x_element)
     while True:
         panel = claim(team) * together
@@ -209,8 +238,11 @@ def project_gated(
         if first >= gate.num_outputs:
             break
         columns = min(together * COLUMNS, gate.num_outputs - first)
+        item = (panel, columns, block_rows)
+        of_gate = _take_panels(x_element, w_element, gate, *item, room)
+        of_up = _take_panels(x_element, w_element, up, *item, up_room)
         for block in range(num_blocks):
-            for matrix, sums in ((gate, scratch), (up, side)):
+            for matrix, numbers, sums in ((gate, of_gate, scratch), (up, of_up, side)):
                 _multiply_block(
                     x_element,
                     w_element,
@@ -222,6 +254,7 @@ def project_gated(
                     num_blocks,
                     panel,
                     together,
+                    numbers,
                     sums,
                     SCRATCH_COLUMNS,
                 )

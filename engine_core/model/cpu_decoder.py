@@ -21,9 +21,10 @@ from engine_core.model.cpu_linear import PackedLinear
 from engine_core.model.linear import Linear
 from engine_core.model.parts import EMBEDDING, Parts
 from engine_core.model.step_inputs import StepInputs
-from kernels.cpu_attention import cut_tiles, max_tiles, scratch_bytes, tile_tokens
+from kernels import cpu_attention, cpu_linear
+from kernels.cpu_attention import cut_tiles, max_tiles, tile_tokens
 from kernels.cpu_forward import forward_task, logits_task
-from kernels.cpu_linear import MAX_TILE_ROWS, SCRATCH_BYTES, choose_block_rows
+from kernels.cpu_linear import MAX_TILE_ROWS, choose_block_rows
 from kernels.cpu_memory import zeros
 from kernels.cpu_records import LAYER, LOGITS, STEP
 from kernels.cpu_team import Team
@@ -161,8 +162,13 @@ class _Rooms:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, num_threads: int) -> None:
         self.dtype = dtype
         group = config.num_heads // config.num_kv_heads
-        of_attention = scratch_bytes(group, config.head_size)
-        self.scratch_bytes = -(-max(of_attention, SCRATCH_BYTES) // 4096) * 4096
+        of_heads, of_keys = (
+            num * config.head_size for num in (config.num_heads, config.num_kv_heads)
+        )
+        most_inputs = max(config.hidden_size, config.intermediate_size, of_heads)
+        of_attention = cpu_attention.scratch_bytes(group, config.head_size)
+        of_linear = cpu_linear.scratch_bytes(most_inputs)
+        self.scratch_bytes = -(-max(of_attention, of_linear) // 4096) * 4096
         self.of_forward: dict[str, Tensor] = {
             "scratch": zeros([num_threads * self.scratch_bytes], torch.uint8)
         }
@@ -170,9 +176,6 @@ class _Rooms:
         """[capacity]: 0, 1, 2, ..."""
         self._vocab_size = config.vocab_size
         self._logits = torch.empty((0, config.vocab_size))
-        of_heads, of_keys = (
-            num * config.head_size for num in (config.num_heads, config.num_kv_heads)
-        )
         self._widths = {
             "residual": (config.hidden_size, torch.float32),
             "qkv": (of_heads + 2 * of_keys, torch.float32),

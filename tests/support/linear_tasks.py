@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kernels.cpu_linear import (
-    SCRATCH_BYTES,
     choose_block_rows,
     project,
     project_gated,
+    scratch_bytes,
 )
 from kernels.cpu_runtime import record_at, zero_of
 from kernels.cpu_team import TASK_SIGNATURE, Team
@@ -33,6 +33,7 @@ _CALL = np.dtype(
         ("out", np.int64),
         ("out_stride", np.int64),
         ("scratch", np.int64),
+        ("scratch_bytes", np.int64),
     ],
     align=True,
 )
@@ -44,7 +45,7 @@ def _task(activations: torch.dtype, weights: torch.dtype) -> Any:
 
     def multiply(address: int, team: int, member: int) -> None:
         call = numba.carray(record_at(address, _CALL), (1,))[0]
-        scratch = call.scratch + member * SCRATCH_BYTES
+        scratch = call.scratch + member * call.scratch_bytes
         if call.is_gated != 0:
             project_gated(
                 x_element,
@@ -129,7 +130,8 @@ def _run(
     num_rows: int,
     out: Tensor,
 ) -> None:
-    scratch = torch.full((team.num_threads * SCRATCH_BYTES,), 0xFF, dtype=torch.uint8)  # NaN
+    of_member = scratch_bytes(2 * weight.numbers.shape[2])
+    scratch = torch.full((team.num_threads * of_member,), 0xFF, dtype=torch.uint8)  # NaN
     call = np.zeros(1, _CALL)
     call[0] = (
         matrix,
@@ -142,6 +144,7 @@ def _run(
         out.data_ptr(),
         weight.num_outputs,
         scratch.data_ptr(),
+        of_member,
     )
     task = _task(weight.dtype, weight.numbers.dtype)
     team.run(task.address, call.ctypes.data)
