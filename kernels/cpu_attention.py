@@ -49,9 +49,9 @@ from kernels.cpu_attention_step import (
     set_up,
     weigh,
 )
+from kernels.cpu_elements import STEP_BYTES
 from kernels.cpu_packing import numbers_per_step, store_packed
 from kernels.cpu_runtime import jit, pointer
-from kernels.cpu_tiles import STEP_BYTES
 
 QUERIES_PER_TILE = 96
 """Queries (tokens * G) a tile aims at: enough to read each page once for many of them, few enough

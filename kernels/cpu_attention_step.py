@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from kernels.cpu_elements import COLUMNS, HAS_WIDE_VECTORS, STEP_BYTES
 from kernels.cpu_packing import numbers_per_step, pack_step
 from kernels.cpu_panels import PANEL_BYTES, panel_multiplier
 from kernels.cpu_runtime import CACHE_LINE_BYTES, LOG2_E, exp2, jit, pointer, prefetch
 from kernels.cpu_softmax import KEYS, weigh_scores
-from kernels.cpu_tiles import COLUMNS, HAS_WIDE_VECTORS, STEP_BYTES, TILE_ROWS
+from kernels.cpu_tiles import TILE_ROWS
 
 KEYS_PER_STEP = KEYS
 """Keys between two updates of the running maximum, at most: small pages are taken together up to

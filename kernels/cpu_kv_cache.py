@@ -23,9 +23,9 @@ import numba
 import torch
 from torch import Tensor
 
+from kernels.cpu_elements import STEP_BYTES
 from kernels.cpu_packing import numbers_per_step, scatter_steps
 from kernels.cpu_runtime import CACHE_LINE_BYTES, jit, narrow, pointer, prefetch
-from kernels.cpu_tiles import STEP_BYTES
 
 
 def check_block_size(block_size: int, dtype: torch.dtype) -> None:

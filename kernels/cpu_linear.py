@@ -15,11 +15,12 @@ from typing import Any
 import numba
 import numpy as np
 
+from kernels.cpu_elements import COLUMNS, STEP_BYTES
 from kernels.cpu_gate import gate_row
 from kernels.cpu_packing import numbers_per_step
 from kernels.cpu_runtime import CACHE_LINE_BYTES, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
-from kernels.cpu_tiles import COLUMNS, STEP_BYTES, TILE_PANELS, TILE_ROWS, tile_panels
+from kernels.cpu_tiles import TILE_PANELS, TILE_ROWS, tile_panels
 from kernels.cpu_widening import is_widened, multiply_item, take_item
 
 _ITEM_BYTES = 384 * 1024

@@ -17,8 +17,8 @@ import numpy as np
 from numba.core.types import uint16
 from numba.extending import overload
 
+from kernels.cpu_elements import STEP_BYTES
 from kernels.cpu_runtime import jit, narrow, pointer, stack_room
-from kernels.cpu_tiles import STEP_BYTES
 
 _STEPS_AT_ONCE = 64
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numba
 
-from kernels.cpu_tiles import COLUMNS, multiply_tile, tile_panels
+from kernels.cpu_elements import COLUMNS
+from kernels.cpu_tiles import multiply_tile, tile_panels
 
 PANEL_BYTES = COLUMNS * 4
 """Of a panel of float32 results, and of one step of a panel that is multiplied."""

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu_elements import COLUMNS, STEP_BYTES
 from kernels.cpu_memory import zeros
 from kernels.cpu_runtime import jit, pointer, widen
-from kernels.cpu_tiles import COLUMNS, STEP_BYTES
 
 MATRIX = np.dtype(
     [

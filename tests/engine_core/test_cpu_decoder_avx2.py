@@ -24,7 +24,7 @@ def check() -> None:
     """Runs in the child."""
     import torch
 
-    from kernels.cpu_tiles import HAS_BF16_DOT, HAS_WIDE_VECTORS
+    from kernels.cpu_elements import HAS_BF16_DOT, HAS_WIDE_VECTORS
     from tests.engine_core import test_cpu_decoder as decoder_tests
 
     assert not HAS_WIDE_VECTORS

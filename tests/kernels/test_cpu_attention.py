@@ -137,7 +137,7 @@ def test_a_cpu_without_avx512_computes_the_same(tmp_path: Path) -> None:
         "NUMBA_CACHE_DIR": str(tmp_path),
     }
     program = (
-        "from kernels.cpu_tiles import HAS_WIDE_VECTORS\n"
+        "from kernels.cpu_elements import HAS_WIDE_VECTORS\n"
         "from tests.kernels.test_cpu_attention import check_small_batches\n"
         "assert not HAS_WIDE_VECTORS\n"
         "check_small_batches()\n"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu_elements import STEP_BYTES
 from kernels.cpu_linear import (
     choose_block_rows,
     project,
@@ -18,7 +19,6 @@ from kernels.cpu_linear import (
 )
 from kernels.cpu_runtime import record_at, zero_of
 from kernels.cpu_team import TASK_SIGNATURE, Team
-from kernels.cpu_tiles import STEP_BYTES
 from kernels.cpu_weights import MATRIX, PackedWeight
 
 _CALL = np.dtype(
