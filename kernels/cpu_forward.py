@@ -38,6 +38,7 @@ from kernels.cpu_runtime import (
     zero_of,
 )
 from kernels.cpu_team import TASK_SIGNATURE, barrier, claim, num_members
+from kernels.cpu_weights import unpack_output
 
 
 @jit
@@ -130,7 +131,11 @@ def _embed(x_element: Any, team: int, step: Any) -> None:
         if first >= step.num_tokens:
             break
         for row in range(first, min(first + step.block_rows, step.num_tokens)):
-            numbers, total = embedding[token_ids[row]], residual[row]
+            token_id, total = token_ids[row], residual[row]
+            if step.embedding_steps != 0:
+                unpack_output(x_element, step.embedding, step.embedding_steps, token_id, total)
+                continue
+            numbers = embedding[token_id]
             for i in range(step.hidden_size):
                 total[i] = widen(numbers[i])
 

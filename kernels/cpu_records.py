@@ -37,6 +37,7 @@ STEP = np.dtype(
         ("layers", np.int64),
         ("num_layers", np.int64),
         ("embedding", np.int64),
+        ("embedding_steps", np.int64),
         ("vocab_size", np.int64),
         ("final_norm", np.int64),
         ("cos_sin", np.int64),
@@ -73,6 +74,9 @@ STEP = np.dtype(
     align=True,
 )
 """A step: addresses and sizes.
+
+embedding: [V, H], with 0 as embedding_steps; or the packed weight of a linear layer from H to V,
+which has so many steps (`kernels.cpu_weights`).
 
 token_ids, positions, slot_mapping [T] int64; block_tables [R, tables_stride] int32; tiles
 [num_tiles, 4] int64 of `kernels.cpu_attention.cut_tiles`; wanted_tokens [S] int64; states [S, H];

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from kernels.cpu_elements import COLUMNS, STEP_BYTES
 from kernels.cpu_memory import zeros
+from kernels.cpu_packing import numbers_per_step
 from kernels.cpu_runtime import jit, pointer, widen
 
 MATRIX = np.dtype(
@@ -53,6 +55,11 @@ class PackedWeight:
     """Of each group."""
     dtype: torch.dtype
     """Of the activations that it multiplies."""
+
+    @property
+    def num_steps(self) -> int:
+        """Of a panel."""
+        return self.numbers.shape[2]
 
     @classmethod
     def pack(
@@ -117,8 +124,20 @@ class PackedWeight:
             0 if self.scales is None else self.scales[group].data_ptr(),
             0 if bias is None else bias[group * self.num_outputs :].data_ptr(),
             self.num_outputs,
-            self.numbers.shape[2],
+            self.num_steps,
         )
+
+
+@jit
+def unpack_output(element: Any, address: int, num_steps: int, output: int, row: Any) -> None:
+    """The weights of one output, as float32, from a packed weight of an element's type."""
+    p = numbers_per_step(element)
+    panel, column = divmod(output, COLUMNS)
+    start = (panel * num_steps * COLUMNS + column) * p
+    numbers = numba.carray(pointer(address, element), (start + num_steps * COLUMNS * p,))
+    for step in range(num_steps):
+        for i in range(p):
+            row[step * p + i] = widen(numbers[start + step * COLUMNS * p + i])
 
 
 @jit

@@ -41,17 +41,17 @@ class CpuDecoder:
         team: Team,
         rooms: _Rooms | None = None,
     ) -> None:
-        """`parts`: all of `part_specs(config)`; `cos_sin`: [positions, D], of `cos_sin_table`;
+        """`parts`: those of `needed_specs`; `cos_sin`: [positions, D], of `cos_sin_table`;
         `rooms`: those of a decoder that this one replaces.
         """
         self.config = config
         self.parts = parts
         self._cos_sin = cos_sin
         self._team = team
-        embedding = parts.tensors[EMBEDDING]
         lm_head = _packed(parts.linears["lm_head"])
-        self._rooms = rooms or _Rooms(config, embedding.dtype, team.num_threads)
-        types = embedding.dtype, lm_head.packed.numbers.dtype
+        dtype = lm_head.packed.dtype
+        self._rooms = rooms or _Rooms(config, dtype, team.num_threads)
+        types = dtype, lm_head.packed.numbers.dtype
         self._forward, self._logits = forward_task(*types), logits_task(*types)
         self._layers = np.array([_layer(parts, index) for index in range(config.num_layers)], LAYER)
         self._cached: Sequence[tuple[Tensor, Tensor]] | None = None
@@ -122,7 +122,12 @@ class CpuDecoder:
         config, record = self.config, np.zeros(1, STEP)
         record["layers"] = self._layers.ctypes.data
         record["num_layers"] = config.num_layers
-        record["embedding"] = self.parts.tensors[EMBEDDING].data_ptr()
+        if (embedding := self.parts.tensors.get(EMBEDDING)) is not None:
+            record["embedding"] = embedding.data_ptr()
+        else:
+            lm_head = _packed(self.parts.linears["lm_head"]).packed
+            record["embedding"] = lm_head.numbers.data_ptr()
+            record["embedding_steps"] = lm_head.num_steps
         record["vocab_size"] = config.vocab_size
         record["final_norm"] = self.parts.tensors["model.norm.weight"].data_ptr()
         record["cos_sin"] = self._cos_sin.data_ptr()

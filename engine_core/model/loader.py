@@ -27,7 +27,7 @@ from engine_core.model.config import ModelConfig, read_eos_token_ids, read_model
 from engine_core.model.decoder import Decoder
 from engine_core.model.errors import ModelError
 from engine_core.model.kv_cache import allocate_kv_cache, choose_num_blocks
-from engine_core.model.parts import EMBEDDING, Parts, PartsBuilder, PartsForm, part_specs
+from engine_core.model.parts import Parts, PartsBuilder, PartsForm, needed_specs
 from engine_core.model.rope import cos_sin_table
 from engine_core.model.runner import Model, TorchModelRunner
 from engine_core.model.weights import (
@@ -122,7 +122,7 @@ def load_parts(config: ModelConfig, directory: Path, form: PartsForm) -> Parts:
     """All parts of a model, from its directory. Raises ModelError."""
     checkpoint, rules = Checkpoint(weight_paths(directory)), TensorRules(config)
     rules.check_all(checkpoint.infos)
-    builder = PartsBuilder(part_specs(config), form)
+    builder = PartsBuilder(needed_specs(config, form), form)
     for name, tensor in _read_ahead(checkpoint, list(rules.shapes)):
         builder.add(name, tensor)
     return builder.finish()
@@ -216,7 +216,7 @@ def _make_cpu_model(
     from kernels.cpu_kv_cache import check_block_size
     from kernels.cpu_team import Team
 
-    check_block_size(config.block_size, parts.tensors[EMBEDDING].dtype)
+    check_block_size(config.block_size, parts.tensors["model.norm.weight"].dtype)
     num_threads = config.num_threads or max(1, len(cores))
     # One thread alone, or more threads than cores, are best left to the system.
     has_cores = 1 < num_threads <= len(cores)

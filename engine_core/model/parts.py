@@ -69,6 +69,16 @@ def part_specs(config: ModelConfig) -> list[PartSpec]:
     ]
 
 
+def needed_specs(config: ModelConfig, form: PartsForm) -> list[PartSpec]:
+    """Those parts that a decoder computes with. On a CPU an embedding that is the lm_head's weight
+    as well is read from that, unless it is rounded to int8.
+    """
+    specs = part_specs(config)
+    if config.tie_word_embeddings and form.device.type == "cpu" and not form.to_int8:
+        return [spec for spec in specs if spec.name != EMBEDDING]
+    return specs
+
+
 def _layer_specs(config: ModelConfig, index: int) -> list[PartSpec]:
     prefix = f"model.layers.{index}."
     hidden, intermediate, head_size = config.hidden_size, config.intermediate_size, config.head_size

@@ -26,7 +26,7 @@ from torch import Tensor
 from engine_core.model.checksum import WeightsChecksum
 from engine_core.model.config import ModelConfig, read_model_config
 from engine_core.model.errors import ModelError
-from engine_core.model.parts import EMBEDDING, LM_HEAD, Parts, PartsBuilder, PartsForm, part_specs
+from engine_core.model.parts import EMBEDDING, LM_HEAD, Parts, PartsBuilder, PartsForm, needed_specs
 from engine_core.model.safetensors_file import TensorInfo
 from engine_core.model.weights import (
     FLOATING,
@@ -62,7 +62,7 @@ class UpdateStager:
         self.groups = TrainerGroups()
         self._config = config
         self._form = form
-        self._specs = part_specs(config)
+        self._specs = needed_specs(config, form)
         self._rules = TensorRules(config)
 
     def stage(self, source: WeightSource, earlier: StagedParts, present: Parts) -> StagedParts:

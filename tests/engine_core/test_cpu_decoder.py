@@ -17,7 +17,7 @@ from engine_core.model.cpu_linear import PackedLinear
 from engine_core.model.decoder import Decoder
 from engine_core.model.linear import Linear, TorchLinear
 from engine_core.model.loader import load_parts
-from engine_core.model.parts import Parts, PartsForm
+from engine_core.model.parts import EMBEDDING, Parts, PartsForm
 from engine_core.model.rope import cos_sin_table
 from kernels.cpu_kv_cache import plain_keys, plain_values
 from kernels.cpu_team import Team
@@ -74,6 +74,7 @@ def make_reference(name: str, form: str, dtype: torch.dtype = torch.float32) -> 
     linears: dict[str, Linear] = {
         name: torch_linear(linear, dtype) for name, linear in parts.linears.items()
     }
+    tensors.setdefault(EMBEDDING, linears["lm_head"].weight)
     return Decoder(config, Parts(tensors, linears), cos_sin)
 
 
@@ -189,6 +190,20 @@ def test_with_parts_computes_with_the_new_ones_and_leaves_the_old_decoder_as_it_
         assert torch.equal(states, old_states)
         if len(states):
             assert relative_error(new_states, states) > 0.1
+
+
+@forms
+def test_a_tied_embedding_is_held_once_unless_the_output_matrix_is_rounded(form: str) -> None:
+    config, parts, cos_sin = load(ALL_BIASES, form, 0)
+    assert (EMBEDDING in parts.tensors) == (form == "int8")
+    embedding = parts.tensors.get(EMBEDDING, parts.linears["lm_head"].weight)
+    twice = CpuDecoder(config, parts.with_parts(Parts({EMBEDDING: embedding})), cos_sin, team(2))
+    for found, expected in zip(
+        run_of(form, make_decoder(ALL_BIASES, form)).all_steps(),
+        run_of(form, twice).all_steps(),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_a_decoder_goes_on_in_the_cache_that_another_filled() -> None:
