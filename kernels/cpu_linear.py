@@ -18,10 +18,11 @@ import numpy as np
 from kernels.cpu_elements import COLUMNS, STEP_BYTES
 from kernels.cpu_gate import gate_row
 from kernels.cpu_packing import numbers_per_step
+from kernels.cpu_panels import panel_multiplier
 from kernels.cpu_runtime import CACHE_LINE_BYTES, itemsize, jit, pointer, widen
 from kernels.cpu_team import claim, num_members
 from kernels.cpu_tiles import TILE_PANELS, TILE_ROWS, tile_panels
-from kernels.cpu_widening import is_widened, multiply_item, take_item
+from kernels.cpu_widening import is_widened, take_item
 
 _ITEM_BYTES = 384 * 1024
 """Weights of an item at most: they stay in the second-level cache for all blocks of rows."""
@@ -36,6 +37,8 @@ _MOST_PANELS = 8
 SCRATCH_COLUMNS = _MOST_PANELS * COLUMNS
 _SUMS_BYTES = MAX_TILE_ROWS * SCRATCH_COLUMNS * 4
 """Of a block's results."""
+
+_multiply_panels = panel_multiplier(0, adds=0)
 
 
 def choose_block_rows(num_rows: int) -> int:
@@ -82,7 +85,7 @@ def _multiply_block(
     distance, ahead_step, ahead_panel = _look_ahead(
         w_step, team, matrix, panel, together, block, num_blocks
     )
-    multiply_item(
+    _multiply_panels(
         x_element,
         w_element,
         block_rows,

@@ -7,8 +7,9 @@ CPU multiplies and adds in one instruction where it has AVX512-BF16, or one floa
 
 Memory
 - w: the numbers of one panel and step lie together, column by column: [16][2] bfloat16 (64 bytes),
-  [16] float32 (64 bytes), or [16][2] int8 (32 bytes), which are widened on the way. From step to
-  step and from panel to panel there is any distance.
+  [16] float32 (64 bytes), or [16][2] int8 (32 bytes), which are widened on the way; but tiles of
+  more than MOST_WIDENING_ROWS rows take int8 as bfloat16. From step to step and from panel to
+  panel there is any distance.
 - x: packed, `[steps][rows]` of four bytes each; or row by row, a fixed distance apart.
 - out: float32, rows and panels any distance apart.
 
@@ -42,6 +43,8 @@ TILE_ROWS = tuple(_TILE_PANELS)
 """Numbers of rows that there are tiles for."""
 TILE_PANELS = 4
 """Of a tile, at most."""
+MOST_WIDENING_ROWS = 4
+"""Of a tile that widens int8 itself."""
 _SHAPES = sorted(
     (rows, panels)
     for rows, most in _TILE_PANELS.items()
@@ -98,12 +101,18 @@ def _multiply_tile(
             block = builder.append_basic_block(f"tile_{rows}_{panels}")
             choice.add_case(_int(rows * (TILE_PANELS + 1) + panels), block)
             builder.position_at_end(block)
-            _Tile(builder, rows, panels, *constants, *elements).generate(*places)
+            taken = _taken_elements(rows, *elements)
+            _Tile(builder, rows, panels, *constants, *taken).generate(*places)
             builder.branch(done)
         builder.position_at_end(done)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _taken_elements(rows: int, x_element: str, w_element: str) -> tuple[str, str]:
+    is_widened = w_element == "int8" and rows > MOST_WIDENING_ROWS
+    return x_element, "bfloat16" if is_widened else w_element
 
 
 multiply_tile: Any = intrinsic(prefer_literal=True)(_multiply_tile)

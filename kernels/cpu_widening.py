@@ -1,7 +1,7 @@
 """int8 weights as bfloat16, for tiles of many rows.
 
 Widening a weight takes as long as multiplying it with some rows. Tiles of few rows do it as they
-go (`kernels.cpu_elements`): reading the weights takes longer, and nothing is written. For larger
+go (`kernels.cpu_tiles`): reading the weights takes longer, and nothing is written. For larger
 tiles a thread widens an item of work once, into memory of its own that stays in the second-level
 cache, and multiplies all blocks of rows with that.
 """
@@ -10,22 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from kernels.cpu_elements import COLUMNS, STEP_BYTES, Elements
-from kernels.cpu_panels import panel_multiplier
 from kernels.cpu_runtime import jit
+from kernels.cpu_tiles import MOST_WIDENING_ROWS
 
-_MOST_ROWS = 4
-"""Of a tile that widens as it goes."""
 _LINE_BYTES = 64
-_BFLOAT16 = np.uint16(0)
 _I64 = ir.IntType(64)
-
-_multiply = panel_multiplier(0, adds=0)
 
 
 def _widen_lines(typing_context: Any, place: Any, num_lines: Any, out: Any) -> Any:
@@ -51,32 +45,12 @@ _widen: Any = intrinsic(_widen_lines)
 @jit
 def is_widened(block_rows: int) -> bool:
     """Whether an item of int8 is widened for blocks of so many rows."""
-    return block_rows > _MOST_ROWS
+    return block_rows > MOST_WIDENING_ROWS
 
 
 def take_item(w_element: Any, numbers: Any, num_steps: Any, block_rows: Any, room: Any) -> Any:
-    """The address of an item's packed numbers for `multiply_item`: they lie at `numbers` and have
-    so many steps, of all panels; `room` is where they may be widened to."""
-    raise NotImplementedError("compiled code only")
-
-
-def multiply_item(
-    x_element: Any,
-    w_element: Any,
-    rows: Any,
-    panels: Any,
-    x: Any,
-    w: Any,
-    w_step: Any,
-    w_panel: Any,
-    steps: Any,
-    ahead: Any,
-    ahead_step: Any,
-    ahead_panel: Any,
-    out: Any,
-    out_row: Any,
-) -> Any:
-    """`panel_multiplier(0, adds=0)`, for what `take_item` returned."""
+    """The address of an item's packed numbers as tiles of `block_rows` rows take them. They lie at
+    `numbers` and have so many steps, of all panels; `room` is where they may be widened to."""
     raise NotImplementedError("compiled code only")
 
 
@@ -94,108 +68,4 @@ def _take_item(w_element: Any, numbers: Any, num_steps: Any, block_rows: Any, ro
     return widened if w_element == types.int8 else as_it_is
 
 
-def _multiply_item(
-    x_element: Any,
-    w_element: Any,
-    rows: Any,
-    panels: Any,
-    x: Any,
-    w: Any,
-    w_step: Any,
-    w_panel: Any,
-    steps: Any,
-    ahead: Any,
-    ahead_step: Any,
-    ahead_panel: Any,
-    out: Any,
-    out_row: Any,
-) -> Any:
-    def as_it_is(
-        x_element: Any,
-        w_element: Any,
-        rows: Any,
-        panels: Any,
-        x: Any,
-        w: Any,
-        w_step: Any,
-        w_panel: Any,
-        steps: Any,
-        ahead: Any,
-        ahead_step: Any,
-        ahead_panel: Any,
-        out: Any,
-        out_row: Any,
-    ) -> Any:
-        _multiply(
-            x_element,
-            w_element,
-            rows,
-            panels,
-            x,
-            w,
-            w_step,
-            w_panel,
-            steps,
-            ahead,
-            ahead_step,
-            ahead_panel,
-            out,
-            out_row,
-        )
-
-    def perhaps_widened(
-        x_element: Any,
-        w_element: Any,
-        rows: Any,
-        panels: Any,
-        x: Any,
-        w: Any,
-        w_step: Any,
-        w_panel: Any,
-        steps: Any,
-        ahead: Any,
-        ahead_step: Any,
-        ahead_panel: Any,
-        out: Any,
-        out_row: Any,
-    ) -> Any:
-        if is_widened(rows):
-            _multiply(
-                x_element,
-                _BFLOAT16,
-                rows,
-                panels,
-                x,
-                w,
-                w_step,
-                w_panel,
-                steps,
-                ahead,
-                ahead_step,
-                ahead_panel,
-                out,
-                out_row,
-            )
-        else:
-            _multiply(
-                x_element,
-                w_element,
-                rows,
-                panels,
-                x,
-                w,
-                w_step,
-                w_panel,
-                steps,
-                ahead,
-                ahead_step,
-                ahead_panel,
-                out,
-                out_row,
-            )
-
-    return perhaps_widened if w_element == types.int8 else as_it_is
-
-
 overload(take_item)(_take_item)
-overload(multiply_item)(_multiply_item)
